@@ -1,0 +1,1 @@
+"""Inference alone: torch, diffusers, transformers, safetensors. Never lightning, wandb or datasets."""

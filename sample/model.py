@@ -1,0 +1,107 @@
+"""The one abstract class: a network with its path, its prediction, its conditions and their null."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+from .noise import Path, Prediction
+
+Condition = dict[str, Tensor]
+"""Named parts of a condition, each (B, ...); cached encodings look the same as fresh ones."""
+
+
+class DiffusionModel(nn.Module, ABC):
+    """A conditional diffusion model: all that training, sampling, comparison and bundles need to know of one.
+
+    A subclass sets the attributes below and defines `encode`, `null`, `denoise`, `decode`, `config`, `tiny`.
+    """
+
+    network_name: ClassVar[str] = "unet"
+    """The network's folder in a bundle: diffusers' word for it, "unet" or "transformer"."""
+
+    network: nn.Module
+    """All that training changes; every other module is frozen and in eval mode."""
+    path: Path
+    prediction: Prediction
+    ladder: tuple[frozenset[str], ...]
+    """The condition parts kept on rungs 1..K; rung 0 is unconditional. One rung is classifier-free guidance."""
+    shape: tuple[int, ...]
+    """One x_0, without the batch: (C, H, W), or (C, F, H, W) where there is time."""
+    space: str
+    """Names what x_0 means (the autoencoder and its scale): predictions mix only within one space."""
+
+    @abstractmethod
+    def encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
+        """A batch of data as (x_0 (B, *shape), condition). Pixels come as "pixels" (B, C, H, W) in [0, 1]."""
+
+    @abstractmethod
+    def null(self, condition: Condition) -> Condition:
+        """The condition with every droppable part replaced by its null, and parts that are absent filled in.
+
+        Parts of `condition` keep their batch size; absent ones get a batch of one, which expands. The only
+        definition of "unconditional": drop-out, sampling and bundles all call it.
+        """
+
+    @abstractmethod
+    def denoise(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The prediction at x_t (B, *shape), t (B,) in the network's units; same shape as x_t."""
+
+    @abstractmethod
+    def decode(self, x_0: Tensor) -> Tensor:
+        """x_0 (B, *shape) as pixels (B, C, H, W) in [0, 1]."""
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """What besides its components makes this model: keyword arguments of `from_components`, as JSON."""
+
+    @classmethod
+    @abstractmethod
+    def tiny(cls) -> Self:
+        """Random weights, a second on a CPU, no download: for tests and trial runs."""
+
+    @classmethod
+    def from_components(cls, network: nn.Module, **config: Any) -> Self:
+        """The model from its loaded network and its `config()`."""
+        return cls(network, **config)
+
+    @classmethod
+    def load_network(cls, folder: str) -> nn.Module:
+        """The network from its folder, as `network.save_pretrained` wrote it; UNet2DModel and kin by default."""
+        import json
+        from pathlib import Path as File
+
+        import diffusers
+
+        name = json.loads((File(folder) / "config.json").read_text())["_class_name"]
+        network_class = getattr(diffusers, name, None)
+        if not (isinstance(network_class, type) and issubclass(network_class, diffusers.ModelMixin)):
+            raise ValueError(f"{folder}/config.json must name a diffusers model class, got {name!r}")
+        return network_class.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+
+    def read_condition(self, **values: str) -> dict[str, Any]:
+        """A batch of one from the command line's `--condition name=value`; whole numbers are labels, the rest paths of
+        pictures. ValueError for a name that the model does not have."""
+        import torch
+
+        from .pictures import read_picture
+
+        known = set().union(*self.ladder)
+        if unknown := set(values) - known:
+            raise ValueError(f"condition must be among {sorted(known)}, got {sorted(unknown)}")
+        return {
+            name: torch.tensor([int(value)]) if value.lstrip("-").isdigit() else read_picture(value)[None]
+            for name, value in values.items()
+        }
+
+
+def keep_only(model: DiffusionModel, condition: Condition, keep: Collection[str], batch: int) -> Condition:
+    """The condition with all parts but `keep` at their null, each expanded to (batch, ...).
+
+    KeyError names a part that `condition` lacks.
+    """
+    if missing := set(keep) - condition.keys():
+        raise KeyError(f"condition lacks {sorted(missing)}; it has {sorted(condition)}")
+    parts = {**model.null(condition), **{name: condition[name] for name in keep}}
+    return {name: part if len(part) == batch else part.expand(batch, *part.shape[1:]) for name, part in parts.items()}

@@ -160,6 +160,14 @@ class Guidance:
             raise ValueError(f"guider must be one of {sorted(GUIDERS)}, got {self.guider!r}")
         if self.guider is not None and len(self.scales) != 1:
             raise ValueError(f"guider {self.guider!r} takes a ladder of one rung, this one has {len(self.scales)}")
+        if self.interval is not None and not self.interval[0] <= self.interval[1]:
+            raise ValueError(f"interval must be (low, high) in the model's t, got {self.interval}")
+        zeroed = self.guider == "cfg_zero_star" and self.guider_options.get("zero_init_steps", 1)
+        if zeroed and model.prediction == "epsilon":  # x_0 = x_t / alpha: no velocity of zero
+            raise ValueError(
+                "cfg_zero_star begins with predictions of zero, which blow up as epsilon: "
+                "give guider_options={'zero_init_steps': 0}"
+            )
 
     def scales_at(self, t: float) -> tuple[float, ...]:
         """The scales in force at time t."""
@@ -172,7 +180,10 @@ class Guidance:
             return None
         from diffusers import guiders
 
-        return getattr(guiders, GUIDERS[self.guider])(guidance_scale=self.scales[0], **self.guider_options)
+        guider = getattr(guiders, GUIDERS[self.guider])(guidance_scale=self.scales[0], **self.guider_options)
+        guider.set_state(step=0, num_inference_steps=1, timestep=None)
+        guider.prepare_inputs({})  # makes APG's momentum
+        return guider
 
 
 def combine(guidance: Guidance, predictions: Sequence[Tensor], scales: Sequence[float], guider: Any = None) -> Tensor:

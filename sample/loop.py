@@ -2,17 +2,18 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from .guidance import Guidance, Prior, combine, rungs
 from .model import Condition, DiffusionModel, keep_only
 from .noise import convert, like
+from .seeds import GivenNoise, SeededNoise
+from .timesteps import set_timesteps
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -44,7 +45,8 @@ def make_scheduler(model: DiffusionModel, name: str = "ddim", **options: Any) ->
     """A diffusers scheduler along the model's path, for the model's prediction.
 
     `name`: a key of SCHEDULERS; `options`: its own arguments (`timestep_spacing`, `clip_sample`, ...), no
-    clipping by default. ValueError for another name or an option that the scheduler does not have.
+    clipping by default. Where the scheduler does not understand the model's prediction it is given v, and the loop
+    converts. ValueError for another name, for an option that the scheduler does not have, and as `check_scheduler`.
     """
     import diffusers
 
@@ -54,62 +56,35 @@ def make_scheduler(model: DiffusionModel, name: str = "ddim", **options: Any) ->
     known = inspect.signature(scheduler_class.__init__).parameters
     if unknown := set(options) - set(known):
         raise ValueError(f"{SCHEDULERS[name]} has no option {sorted(unknown)}")
-    wanted = {"clip_sample": False, "prediction_type": model.prediction, **model.path.scheduler_config(), **options}
+    prediction = model.prediction
+    # On a table of alpha-bar no scheduler means this flow; ancestral Euler lacks sample.
+    if prediction == "flow_prediction" or (prediction == "sample" and name == "euler_ancestral"):
+        prediction = "v_prediction"
+    wanted = {"clip_sample": False, "prediction_type": prediction, **model.path.scheduler_config(), **options}
     scheduler = scheduler_class(**{key: value for key, value in wanted.items() if key in known})
     check_scheduler(model, scheduler)
     return scheduler
 
 
 def check_scheduler(model: DiffusionModel, scheduler: Any) -> None:
-    """ValueError unless the scheduler is one of SCHEDULERS and follows the model's path."""
+    """ValueError unless the scheduler is one of SCHEDULERS, follows the model's path and reads its predictions."""
     if (name := type(scheduler).__name__) not in SCHEDULERS.values():
         raise ValueError(
             f"{name} is not supported, since its input may not be x_t on the model's path; "
             f"use one of {', '.join(SCHEDULERS.values())}"
         )
-    own = getattr(scheduler, "alphas_cumprod", None)
-    table = getattr(model.path, "alphas_cumprod", None)
+    table, own = getattr(model.path, "alphas_cumprod", None), getattr(scheduler, "alphas_cumprod", None)
     if (own is None) != (table is None):
-        raise ValueError(f"{name} does not follow a {type(model.path).__name__}; make one with make_scheduler(model)")
-    if table is None:
+        raise ValueError(f"{name} does not follow a {type(model.path).__name__}: only flow_euler follows a flow")
+    if "learned" in str(scheduler.config.get("variance_type")):
+        raise ValueError(f"{name} wants a learned variance, which denoise does not give; choose a fixed variance_type")
+    if table is None or own is None:
         return
+    if scheduler.config.prediction_type == "flow_prediction":
+        raise ValueError(f"{name} takes flow_prediction on a flow alone; choose v_prediction, and the loop converts")
     # UniPC and its kin replace an alpha-bar of exactly 0 by 2**-24.
     if own.shape != table.shape or not torch.allclose(own.double(), table, rtol=1e-4, atol=1e-6):
         raise ValueError(f"{name}'s noise schedule is not the model's; make one with make_scheduler(model)")
-
-
-class SeededNoise:
-    """Normals drawn sample by sample, each from its own seed on the CPU.
-
-    A sample's noise depends on its seed alone, never on the batch, the device or the number of devices.
-    """
-
-    def __init__(self, seeds: Sequence[int], shape: tuple[int, ...]):
-        """`seeds`: one per sample, in [0, 2**32). ValueError otherwise."""
-        if any(not 0 <= seed < 2**32 for seed in seeds):
-            raise ValueError(f"seeds must lie in [0, 2**32), got {list(seeds)}")
-        self.shape = shape
-        self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-
-    def draw(self) -> Tensor:
-        """The next (B, *shape) float32 normals, on the CPU."""
-        return torch.stack([torch.randn(self.shape, generator=generator) for generator in self.generators])
-
-
-class _GivenNoise(TorchFunctionMode):
-    """Hands a scheduler's own `torch.randn` the noise that `draw` gives, so that every sampler takes ours."""
-
-    def __init__(self, draw: Callable[[], Tensor]):
-        super().__init__()
-        self.draw = draw
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch.randn:
-            return func(*args, **(kwargs or {}))
-        noise = self.draw()
-        if (wanted := torch.Size(args[0] if args else kwargs["size"])) != noise.shape:
-            raise ValueError(f"step_noise must have shape {tuple(wanted)}, got {tuple(noise.shape)}")
-        return noise.to(kwargs.get("dtype") or noise.dtype)
 
 
 @dataclass
@@ -135,10 +110,10 @@ def _plan(
         for k in rungs(own_scales)[0]:
             prior = (guidance.prior or Prior(model, model)) if k == 0 else None
             key: Any = prior if guidance.prior and k == 0 else k
-            if key not in cache:
-                cache[key] = (
-                    prior.condition(condition, batch) if prior else keep_only(model, condition, model.ladder[k - 1], batch)
-                )
+            if key not in cache and prior:
+                cache[key] = prior.condition(condition, batch)
+            elif key not in cache:
+                cache[key] = keep_only(model, condition, model.ladder[k - 1], batch)
             network = prior.model if prior else model
             call = calls.setdefault(id(network), _Call(network, [], []))
             call.slots.append((i, k, prior))
@@ -171,7 +146,7 @@ def trajectories(
 
     condition: parts of (B, ...), on the model's device. seeds: B of them, see SeededNoise.
     scheduler: from `make_scheduler`, left as it was. steps, or timesteps where the scheduler takes them.
-    noise: (B, *shape) initial noise, and step_noise: (steps, B, *shape), in place of the seeds' own.
+    noise: (B, *shape) initial noise, and step_noise: (steps, B, *shape), each in place of the seeds' own.
     eta: DDIM's (arXiv 2010.02502, eq. 16). max_batch: the most rows that one network call gets.
     on_step: called with (step, number of steps) after each; what it raises ends the sampling.
     """
@@ -179,24 +154,27 @@ def trajectories(
     for guidance in guidances:
         guidance.check(model)
     batch, count = len(seeds), len(guidances)
-    device, dtype = _device_and_dtype(model)
+    device = _device_and_dtype(model)[0]
     scheduler = copy.deepcopy(scheduler)
-    _set_timesteps(scheduler, steps, timesteps, device)
-    given = iter(step_noise) if step_noise is not None else None
+    set_timesteps(model, scheduler, steps, timesteps)
     source = SeededNoise(seeds, model.shape)
-    initial = source.draw() if noise is None else noise
-    if initial.shape != (batch, *model.shape):
-        raise ValueError(f"noise must have shape {(batch, *model.shape)}, got {tuple(initial.shape)}")
+    drawn = source.draw()  # drawn even where it is not used: a step's noise never is the initial noise once more
+    initial = drawn if noise is None else noise
+    given = None if step_noise is None else iter(step_noise)
+    if initial.shape != drawn.shape:
+        raise ValueError(f"noise must have shape {tuple(drawn.shape)}, got {tuple(initial.shape)}")
+    if step_noise is not None and step_noise.shape[1:] != drawn.shape:
+        raise ValueError(f"step_noise must have shape (steps, *{tuple(drawn.shape)}), got {tuple(step_noise.shape)}")
 
     def draw() -> Tensor:
-        drawn = source.draw() if given is None else next(given)
-        return drawn.repeat(count, *[1] * (drawn.ndim - 1)).to(device)
+        noise = source.draw() if given is None else next(given, None)
+        if noise is None:
+            raise ValueError(f"step_noise must hold the noise of every step, got {len(step_noise)} for {total}")
+        return noise.to(device).repeat(count, *[1] * (noise.ndim - 1))
 
     x = initial.to(device, torch.float32).repeat(count, *[1] * (initial.ndim - 1))
     x = x * getattr(scheduler, "init_noise_sigma", 1.0)
-    extra = {"eta": eta} if "eta" in inspect.signature(scheduler.step).parameters else {}
-    if eta and not extra:
-        raise ValueError(f"{type(scheduler).__name__} has no eta; use DDIM, or leave eta at 0")
+    extra = _step_options(scheduler, eta)
     guiders = [guidance.make_guider() for guidance in guidances]
     plans: dict[Any, list[tuple[_Call, Condition]]] = {}
     total = len(scheduler.timesteps)
@@ -206,7 +184,7 @@ def trajectories(
         if scales not in plans:
             plans[scales] = _plan(model, condition, batch, guidances, scales)
         times = torch.full((batch,), float(t), dtype=torch.float64)
-        predictions = _evaluate(plans[scales], x_t.reshape(count, batch, *model.shape), times, dtype, max_batch)
+        predictions = _evaluate(plans[scales], x_t.reshape(count, batch, *model.shape), times, max_batch)
         guided = []
         for g, guidance in enumerate(guidances):
             if guiders[g] is not None:
@@ -218,7 +196,7 @@ def trajectories(
         if wanted != model.prediction:
             alpha, sigma = (like(c, out) for c in model.path.coefficients(times.repeat(count)))
             out = convert(out, x_t, model.prediction, wanted, alpha, sigma)
-        with _GivenNoise(draw):
+        with GivenNoise(draw):
             x = scheduler.step(out, t, x, return_dict=False, **extra)[0]
         if on_step is not None:
             on_step(i, total)
@@ -236,6 +214,7 @@ def sample(
     interval: tuple[float, float] | None = None,
     rescale: float = 0.0,
     guider: str | None = None,
+    guider_options: Mapping[str, Any] | None = None,
     steps: int | None = None,
     timesteps: Sequence[float] | None = None,
     noise: Tensor | None = None,
@@ -248,7 +227,7 @@ def sample(
         model,
         condition,
         seeds,
-        [Guidance(tuple(scales), prior, interval, rescale, guider)],
+        [Guidance(tuple(scales), prior, interval, rescale, guider, guider_options or {})],
         scheduler=scheduler,
         steps=steps,
         timesteps=timesteps,
@@ -260,14 +239,14 @@ def sample(
 
 
 def _evaluate(
-    plan: list[tuple[_Call, Condition]], x_t: Tensor, t: Tensor, dtype: torch.dtype, max_batch: int | None
+    plan: list[tuple[_Call, Condition]], x_t: Tensor, t: Tensor, max_batch: int | None
 ) -> dict[tuple[int, int], Tensor]:
     """Predictions by (candidate, rung), in float32; x_t (G, B, *shape), t (B,) float64 on the CPU."""
     batch = len(t)
     predictions = {}
     for call, condition in plan:
         located = [prior.locate(x_t[g], t) if prior else (x_t[g], t) for g, _, prior in call.slots]
-        x = torch.cat([x for x, _ in located]).to(dtype)
+        x = torch.cat([x for x, _ in located]).to(_device_and_dtype(call.model)[1])
         times = torch.cat([t for _, t in located]).to(x.device, torch.float32)
         rows = max_batch or len(x)
         outs = [
@@ -281,16 +260,17 @@ def _evaluate(
 
 
 def _device_and_dtype(model: DiffusionModel) -> tuple[torch.device, torch.dtype]:
-    parameter = next((p for p in model.network.parameters() if p.is_floating_point()), None)
-    return (torch.device("cpu"), torch.float32) if parameter is None else (parameter.device, parameter.dtype)
+    parameter = next((p for p in model.network.parameters() if p.is_floating_point()), torch.empty(0))
+    # What diffusers' networks compute in; their parameters may be stored in less.
+    dtype = getattr(model.network, "dtype", parameter.dtype)
+    return parameter.device, dtype if isinstance(dtype, torch.dtype) else parameter.dtype
 
 
-def _set_timesteps(scheduler: Any, steps: int | None, timesteps: Sequence[float] | None, device: torch.device) -> None:
-    if (steps is None) == (timesteps is None):
-        raise ValueError(f"give either steps or timesteps, got steps={steps}, timesteps={timesteps}")
-    if timesteps is None:
-        scheduler.set_timesteps(steps, device="cpu")
-    elif "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
-        scheduler.set_timesteps(timesteps=list(timesteps), device="cpu")
-    else:
-        raise ValueError(f"{type(scheduler).__name__} takes no timesteps of its own; give steps")
+def _step_options(scheduler: Any, eta: float) -> dict[str, Any]:
+    if "eta" not in inspect.signature(scheduler.step).parameters:
+        if eta:
+            raise ValueError(f"{type(scheduler).__name__} has no eta; use DDIM, or leave eta at 0")
+        return {}
+    # Where x_0 is clipped, eps must be what then remains of x_t; else guidance pushes eps where x_0 may not go.
+    clipped = bool(scheduler.config.clip_sample or scheduler.config.thresholding)
+    return {"eta": eta, "use_clipped_model_output": clipped}

@@ -99,9 +99,12 @@ class DiffusionModel(nn.Module, ABC):
 def keep_only(model: DiffusionModel, condition: Condition, keep: Collection[str], batch: int) -> Condition:
     """The condition with all parts but `keep` at their null, each expanded to (batch, ...).
 
-    KeyError names a part that `condition` lacks.
+    KeyError names a part that `condition` lacks, ValueError one with another number of rows than `batch` or one.
     """
     if missing := set(keep) - condition.keys():
         raise KeyError(f"condition lacks {sorted(missing)}; it has {sorted(condition)}")
     parts = {**model.null(condition), **{name: condition[name] for name in keep}}
+    for name, part in parts.items():
+        if len(part) not in (1, batch):
+            raise ValueError(f"condition part {name!r} must have {batch} rows, one per sample, got {len(part)}")
     return {name: part if len(part) == batch else part.expand(batch, *part.shape[1:]) for name, part in parts.items()}

@@ -45,9 +45,7 @@ def split(prediction: Prediction, out: Tensor, x_t: Tensor, alpha: Tensor, sigma
     return (b * x_t - sigma * out) / determinant, (alpha * out - a * x_t) / determinant
 
 
-def convert(
-    out: Tensor, x_t: Tensor, source: Prediction, target: Prediction, alpha: Tensor, sigma: Tensor
-) -> Tensor:
+def convert(out: Tensor, x_t: Tensor, source: Prediction, target: Prediction, alpha: Tensor, sigma: Tensor) -> Tensor:
     """The same prediction in another parametrisation, at the same x_t and noise level."""
     if source == target:
         return out
@@ -100,7 +98,7 @@ class DiscretePath:
         table = torch.as_tensor(alphas_cumprod, dtype=torch.float64).detach().cpu()
         if table.ndim != 1 or len(table) < 2:
             raise ValueError(f"alphas_cumprod must have shape (T,) with T >= 2, got {tuple(table.shape)}")
-        if not ((table.diff() < 0).all() and 0 <= table[-1] and table[0] <= 1):
+        if not ((table.diff() < 0).all() and table[-1] >= 0 and table[0] <= 1):
             raise ValueError("alphas_cumprod must fall from at most 1 to at least 0")
         self.alphas_cumprod = table
         self._config = scheduler_config
@@ -124,7 +122,7 @@ class DiscretePath:
 
     @classmethod
     def cosine(cls, steps: int = 1000) -> "DiscretePath":
-        """Nichol & Dhariwal 2021 (arXiv 2102.09672, eq. 17), betas clipped at 0.999, as diffusers' squaredcos_cap_v2."""
+        """Nichol & Dhariwal 2021 (arXiv 2102.09672, eq. 17), betas at most 0.999: diffusers' squaredcos_cap_v2."""
 
         def alpha_bar(u: float) -> float:
             return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -203,7 +201,7 @@ class FlowPath:
         return -math.inf, math.inf
 
     def draw(self, u: Tensor) -> Tensor:
-        return (1 - u) * self.steps  # in (0, T]: never quite free of noise
+        return u * self.steps
 
     def scheduler_config(self) -> dict[str, Any]:
         return {"num_train_timesteps": self.steps}

@@ -61,7 +61,7 @@ class PixelUNet(DiffusionModel):
         block_out_channels: tuple[int, ...] = (32, 64),
         layers_per_block: int = 1,
         prediction: Prediction = "v_prediction",
-    ) -> Self:
+    ) -> "PixelUNet":
         """Random weights at `resolution` pixels a side, attention in the lowest level."""
         levels = len(block_out_channels)
         network = UNet2DModel(
@@ -79,12 +79,14 @@ class PixelUNet(DiffusionModel):
         return cls(network, num_classes, image_channels, fold, picture_channels, prediction)
 
     @classmethod
-    def from_base(cls, base: "PixelUNet", num_classes: int = 0, image_channels: int = 0, row_std: float = 1.0) -> Self:
+    def from_base(cls, base: DiffusionModel, num_classes: int = 0, image_channels: int = 0, row_std: float = 1.0) -> "PixelUNet":
         """A model to fine-tune from an unconditional or class-conditional `base`, which is left as it is.
 
         New input channels start at zero and the null row is the base's, so that the first unconditional prediction is
         the base's own. New class rows are the null row plus normals of `row_std`: copies would learn slowly.
         """
+        if not isinstance(base, PixelUNet):
+            raise ValueError(f"PixelUNet starts from a PixelUNet, got {type(base).__name__}")
         old = base.network
         widened = {
             "in_channels": (base.picture_channels + image_channels) * base.fold**2,

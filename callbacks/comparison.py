@@ -1,0 +1,200 @@
+"""Compares priors while a model trains, and leaves the training as it found it."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path as File
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from ..sample.compare import Arm, arms, compare
+from ..sample.evaluate import Evaluation, costs_of, judge, to_device
+from ..sample.guidance import Guidance, unconditional
+from ..sample.loop import Sampler
+from ..sample.model import DiffusionModel
+from ..sample.verdict import Rule
+from .records import write_comparison
+from .wandb_log import log_comparison
+
+
+class PriorComparison(L.Callback):
+    """Samples with every candidate prior from the same noise and conditions, every so many steps, and logs it.
+
+    Needs a LightningModule with `model` and `averaged()`, and a data module with `held_out(n)` and `reference(n)`, as
+    FineTune and LabelledImages have. Pictures and metrics go to the run's folder and to W&B where a WandbLogger is.
+
+    Args:
+        priors: name -> model; null is the fine-tuned model itself.
+        scales: guidance scales of each, numbers or (for longer ladders) lists.
+        sampler: scheduler, steps and options.
+        every_n_steps: of the optimiser; due exactly then.
+        num_conditions: held-out conditions; all ranks share them.
+        num_pictures: how many of them are shown.
+        num_reference: held-out real pictures, after the conditions', that distances are measured to.
+        batch_size: conditions at a time.
+        seed: the first condition's noise seed; the others count on.
+        metric_network: features and class logits of pixels; none leaves those metrics out.
+        rule: how the full comparison decides.
+        interval: (low, high) in t; outside it there is no guidance.
+        has_target: each condition asks for the very picture that it comes with, so that PSNR means something.
+        max_overhead: the most that comparisons may take, as a share of training time; later slots are then skipped.
+    """
+
+    def __init__(
+        self,
+        priors: dict[str, DiffusionModel | None],
+        scales: list[float] | list[list[float]],
+        sampler: Sampler | None = None,
+        every_n_steps: int = 1000,
+        num_conditions: int = 64,
+        num_pictures: int = 16,
+        num_reference: int = 1000,
+        batch_size: int = 64,
+        seed: int = 0,
+        metric_network: nn.Module | None = None,
+        rule: Rule | None = None,
+        interval: tuple[float, float] | None = None,
+        has_target: bool = True,
+        max_overhead: float | None = None,
+    ):
+        if every_n_steps < 1 or num_conditions < 1:
+            raise ValueError(
+                f"every_n_steps and num_conditions must be at least 1, got {every_n_steps} and {num_conditions}"
+            )
+        self.priors, self.scales, self.sampler = priors, scales, sampler or Sampler()
+        self.every_n_steps, self.num_conditions, self.num_pictures = every_n_steps, num_conditions, num_pictures
+        self.num_reference, self.batch_size, self.seed = num_reference, batch_size, seed
+        self.metric_network, self.rule = metric_network, rule or Rule()
+        self.interval, self.has_target, self.max_overhead = interval, has_target, max_overhead
+        self.history: list[dict[str, Any]] = []
+        self.skipped: list[int] = []
+        self._last_step = -1
+        self._seconds = 0.0
+        for module in (metric_network, *priors.values()):
+            if module is not None:
+                module.requires_grad_(False).eval()
+
+    # --- when
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._started, self._seconds = time.perf_counter(), 0.0
+        for guidance in self.candidates(pl_module.model).values():  # type: ignore[arg-type]
+            guidance.check(pl_module.model)  # type: ignore[arg-type]
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step == self._last_step or step == 0 or step % self.every_n_steps:
+            return  # the last test fails for every micro-batch but the one that moved the weights
+        self._last_step = step
+        if self._over_budget(trainer):
+            self.skipped.append(step)
+            pl_module.log("compare/skipped", float(len(self.skipped)), rank_zero_only=True)
+            return
+        start = time.perf_counter()
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        evaluation = self.evaluate(pl_module, data, rank=trainer.global_rank, world=trainer.world_size)
+        self.history.append({"step": step, "rows": evaluation.rows()})
+        if trainer.is_global_zero:
+            batch = data.held_out(self.num_pictures)
+            write_comparison(File(trainer.default_root_dir) / "compare", step, evaluation, batch)
+            log_comparison(trainer.loggers, step, evaluation, batch)
+        self._seconds += time.perf_counter() - start
+
+    def _over_budget(self, trainer: L.Trainer) -> bool:
+        if self.max_overhead is None:
+            return False
+        training = time.perf_counter() - self._started - self._seconds
+        over = self._seconds > self.max_overhead * training
+        return bool(trainer.strategy.broadcast(over))
+
+    # --- what
+
+    def candidates(self, model: DiffusionModel, scales: Sequence[Any] | None = None) -> dict[Arm, Guidance]:
+        """Every prior at every scale, bound onto the model. ValueError for a base that does not fit."""
+        bound = {name: unconditional(base, onto=model) if base else None for name, base in self.priors.items()}
+        return arms(bound, scales or self.scales, {"interval": self.interval})
+
+    def evaluate(
+        self,
+        pl_module: L.LightningModule,
+        data: Any,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        scales: Sequence[Any] | None = None,
+        num_conditions: int | None = None,
+        full: bool = False,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> Evaluation:
+        """Samples and measures every arm, each rank its share of the conditions; if `full`, times them and decides."""
+        n = num_conditions or self.num_conditions
+        device = pl_module.device
+        with ExitStack() as stack:
+            stack.enter_context(isolate_rng())
+            stack.enter_context(torch.no_grad())
+            model = stack.enter_context(pl_module.averaged())  # type: ignore[operator]
+            stack.enter_context(self._on(device))
+            candidates = self.candidates(model, scales)
+            batch = data.held_out(n)
+            mine = _share(n, rank, world)
+            part = to_device({k: v[mine] if isinstance(v, Tensor) else v for k, v in batch.items()}, device)
+            condition = model.encode(part)[1]
+            seeds = [self.seed + int(i) for i in mine]
+            pictures = compare(
+                model, condition, seeds, candidates, self.sampler, batch_size=self.batch_size, on_step=on_step
+            )
+            if world > 1:
+                pictures = _gather(pl_module, pictures, n, world)
+            costs = costs_of(model, condition, candidates, self.sampler, self.batch_size) if full else None
+            return judge(
+                pictures,
+                network=self.metric_network,  # type: ignore[arg-type]
+                reference=data.reference(self.num_reference, offset=n),
+                target=batch.get("pixels") if self.has_target else None,
+                label=batch.get("label"),
+                rule=self.rule if full else None,
+                costs=costs,
+                floor=batch.get("pixels") if full else None,
+            )
+
+    @contextmanager
+    def _on(self, device: torch.device) -> Iterator[None]:
+        """Priors and metric network on the device, and back."""
+        guests = [m for m in (self.metric_network, *self.priors.values()) if m is not None]
+        homes = [next(m.parameters()).device for m in guests]
+        try:
+            for module in guests:
+                module.to(device)
+            yield
+        finally:
+            for module, home in zip(guests, homes, strict=True):
+                module.to(home)
+
+    # --- resume
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history, "skipped": self.skipped}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history, self.skipped = state_dict["history"], state_dict["skipped"]
+
+
+def _share(n: int, rank: int, world: int) -> Tensor:
+    """A rank's conditions, the same number on every rank; those past the end repeat the first."""
+    return torch.arange(rank, rank + world * -(-n // world), world) % n
+
+
+def _gather(pl_module: L.LightningModule, pictures: dict[Arm, Tensor], n: int, world: int) -> dict[Arm, Tensor]:
+    """Every rank's share, put back in the order of the conditions; equal pictures stay one tensor."""
+    gathered: dict[int, Tensor] = {}
+    for mine in pictures.values():
+        if id(mine) not in gathered:
+            shares = pl_module.all_gather(mine.to(pl_module.device))  # (world, share, C, H, W)
+            gathered[id(mine)] = shares.transpose(0, 1).flatten(0, 1)[:n].cpu()
+    return {arm: gathered[id(mine)] for arm, mine in pictures.items()}

@@ -1,0 +1,57 @@
+"""What a comparison leaves on disk: panels as PNG, metrics as JSON Lines, the full record as JSON."""
+
+import json
+import os
+from pathlib import Path as File
+from typing import Any
+
+from torch import Tensor
+
+from ..sample.compare import Arm
+from ..sample.evaluate import Evaluation
+from .panels import panel
+
+
+def arm_name(arm: Arm) -> str:
+    """ "base, scale 3": a heading for people."""
+    prior, scales = arm
+    return f"{prior}, scale {scale_name(scales)}"
+
+
+def scale_name(scales: tuple[float, ...] | list[float]) -> str:
+    """ "3" or "1.5,7.5": one scale's name in keys and tables."""
+    return ",".join(f"{s:g}" for s in scales)
+
+
+def write_whole(path: File, content: str | bytes) -> None:
+    """Writes a file aside, then renames it: a reader never sees half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def shown(batch: dict[str, Any], key: str) -> Tensor | None:
+    """A batch's pictures of that name, or None where it has none."""
+    value = batch.get(key)
+    return value if isinstance(value, Tensor) and value.ndim == 4 else None
+
+
+def comparison_panel(evaluation: Evaluation, batch: dict[str, Any]) -> Any:
+    """Condition, every arm and target, a row per condition of the batch, as one PIL picture."""
+    count = len(next(iter(batch.values())))
+    candidates = {arm_name(arm): images[:count] for arm, images in evaluation.pictures.items()}
+    return panel(shown(batch, "image"), candidates, shown(batch, "pixels"))
+
+
+def write_comparison(folder: File, step: int, evaluation: Evaluation, batch: dict[str, Any]) -> None:
+    """`panel-<step>.png`, and one line of metrics.jsonl, in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f".panel-{step:08d}.png"
+    comparison_panel(evaluation, batch).save(aside)
+    os.replace(aside, folder / f"panel-{step:08d}.png")
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": step, "rows": evaluation.rows()}) + "\n")

@@ -1,0 +1,60 @@
+"""From a picture, in a file or in memory, to a square of bytes."""
+
+import io
+import struct
+import zlib
+from collections.abc import Mapping
+from pathlib import Path as File
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional as F
+
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+"""What Pillow raises on broken files."""
+
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+def decode(source: str | File | Mapping[str, Any], resolution: int, channels: int) -> Tensor:
+    """A picture as uint8 (channels, resolution, resolution).
+
+    `source`: a path, or {"bytes", "path"} as `datasets` keeps pictures. Upright by its EXIF tag; transparency lies on
+    white; CMYK, palettes and 16-bit grey are converted. One of `UNREADABLE` is raised for a bad file.
+    """
+    file: Any = source
+    if isinstance(source, Mapping):
+        file = source["path"] if source["bytes"] is None else io.BytesIO(source["bytes"])
+    with Image.open(file) as opened:
+        picture = ImageOps.exif_transpose(opened)
+        grey = picture.mode in ("1", "L", "I", "I;16", "I;16B", "F")
+        if picture.mode.startswith("I"):  # Pillow's own conversion may clip 16 bits instead of scaling them
+            picture = Image.fromarray((np.asarray(picture) // 256).clip(0, 255).astype(np.uint8))
+        elif picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        array = np.array(picture.convert("L" if channels == 1 else "RGB"))
+    pixels = torch.from_numpy(array).reshape(*array.shape[:2], channels).permute(2, 0, 1)
+    return fit(pixels[None], resolution, pad=grey)[0]
+
+
+def fit(pixels: Tensor, resolution: int, pad: bool) -> Tensor:
+    """uint8 (B, C, H, W) as uint8 (B, C, resolution, resolution).
+
+    With `pad`, pictures at most 4 pixels too small, evenly so (28x28 at 32), get a frame of zeros; otherwise the
+    shorter side is resized (bicubic, antialiased) and the centre is cut out.
+    """
+    height, width = pixels.shape[-2:]
+    missing = (resolution - height, resolution - width)
+    if missing == (0, 0):
+        return pixels
+    if pad and all(0 <= m <= 4 and m % 2 == 0 for m in missing):
+        return F.pad(pixels, (missing[1] // 2,) * 2 + (missing[0] // 2,) * 2)
+    scale = resolution / min(height, width)
+    size = [max(resolution, round(height * scale)), max(resolution, round(width * scale))]
+    pixels = F.interpolate(pixels.contiguous(), size, mode="bicubic", antialias=True)
+    top, left = (size[0] - resolution) // 2, (size[1] - resolution) // 2
+    return pixels[..., top : top + resolution, left : left + resolution].contiguous()

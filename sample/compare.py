@@ -1,0 +1,110 @@
+"""Many candidates on the same noise and the same conditions: their pictures and what each costs."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .guidance import Guidance, Prior
+from .loop import Sampler, evaluations, trajectories
+from .model import Condition, DiffusionModel
+
+Scales = tuple[float, ...]
+Arm = tuple[str, Scales]
+"""A candidate prior's name, and the scales that it guides with."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one arm costs: network evaluations and seconds per picture, and bytes held beyond the model's own."""
+
+    evaluations: int
+    seconds_per_image: float
+    extra_bytes: int
+
+
+def arms(
+    priors: Mapping[str, Prior | None], scales: Sequence[float | Sequence[float]], options: Mapping[str, object] | None = None
+) -> dict[Arm, Guidance]:
+    """Every prior at every scale. `priors`: None is the self prior; `options`: Guidance's further arguments."""
+    grid = [(float(s),) if isinstance(s, int | float) else tuple(map(float, s)) for s in scales]
+    return {(name, s): Guidance(s, prior, **(options or {})) for name, prior in priors.items() for s in grid}
+
+
+def compare(
+    model: DiffusionModel,
+    condition: Condition,
+    seeds: Sequence[int],
+    candidates: Mapping[Arm, Guidance],
+    sampler: Sampler,
+    *,
+    batch_size: int = 64,
+    on_step: Callable[[int, int], None] | None = None,
+) -> dict[Arm, Tensor]:
+    """Pixels (N, C, H, W) in [0, 1], on the CPU, of every arm, from the same noise and conditions.
+
+    Arms advance together, `batch_size` conditions at a time. Arms that evaluate no prior (lowest scale 1) and
+    are otherwise alike are sampled once. `on_step` is called with (steps done, steps in all).
+    """
+    scheduler = sampler.make(model)
+    unique: dict[object, Guidance] = {}
+    same = {}
+    for arm, guidance in candidates.items():
+        key = ("no prior", guidance.scales, guidance.rescale) if guidance.scales[0] == 1 else arm
+        same[arm] = key
+        unique.setdefault(key, guidance)
+    chunks = range(0, len(seeds), batch_size)
+    done: dict[object, list[Tensor]] = {key: [] for key in unique}
+    for number, start in enumerate(chunks):
+        part = slice(start, start + batch_size)
+
+        def report(step: int, total: int, number: int = number) -> None:
+            if on_step is not None:
+                on_step(number * total + step + 1, len(chunks) * total)
+
+        x_0 = trajectories(
+            model,
+            {name: value[part] for name, value in condition.items()},
+            seeds[part],
+            list(unique.values()),
+            scheduler=scheduler,
+            steps=sampler.steps,
+            eta=sampler.eta,
+            on_step=report,
+        )
+        for key, latent in zip(unique, x_0, strict=True):
+            done[key].append(model.decode(latent).float().cpu())
+    pictures = {key: torch.cat(parts) for key, parts in done.items()}
+    return {arm: pictures[key] for arm, key in same.items()}
+
+
+def cost(
+    model: DiffusionModel, condition: Condition, seeds: Sequence[int], guidance: Guidance, sampler: Sampler
+) -> Cost:
+    """What one arm costs, measured on one batch of len(seeds) after one untimed step at the same shapes.
+
+    `extra_bytes`: the prior's own parameters and buffers, none where the network is the model's.
+    """
+    scheduler = sampler.make(model)
+    scheduler.set_timesteps(sampler.steps)
+    count = evaluations(guidance, scheduler.timesteps.tolist())
+
+    def run(steps: int) -> None:
+        trajectories(model, condition, seeds, [guidance], scheduler=scheduler, steps=steps, eta=sampler.eta)
+        if condition and next(iter(condition.values())).is_cuda:
+            torch.cuda.synchronize()
+
+    run(2)
+    start = time.perf_counter()
+    run(sampler.steps)
+    seconds = (time.perf_counter() - start) / len(seeds)
+    prior = guidance.prior
+    extra = 0 if prior is None or prior.model is model or guidance.scales[0] == 1 else size_in_bytes(prior.model)
+    return Cost(count, seconds, extra)
+
+
+def size_in_bytes(model: DiffusionModel) -> int:
+    """Bytes of the network's parameters and buffers."""
+    return sum(t.numel() * t.element_size() for t in [*model.network.parameters(), *model.network.buffers()])

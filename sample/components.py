@@ -1,0 +1,133 @@
+"""What a bundle's folder holds of a model: its network, its nulls, and a description that it must agree with."""
+
+import json
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path as File
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .guidance import Prior, unconditional
+from .manifest import BundleError, canonical
+from .model import DiffusionModel
+from .models import find
+
+
+def companions(model: DiffusionModel) -> dict[str, nn.Module]:
+    """The frozen modules that the model needs besides its network (an autoencoder, say).
+
+    A module's attribute is its folder's name and its keyword in `from_components`.
+    """
+    children = {name: child for name, child in model.named_children() if child is not model.network}
+    return {name: child for name, child in children.items() if child.state_dict()}
+
+
+def describe(model: DiffusionModel, folder: str, components: Collection[str] = ()) -> dict[str, Any]:
+    """What a loaded model must agree with, as JSON. `components`: the companions that are stored with it."""
+    return {
+        "class": type(model).__name__,
+        "folder": folder,
+        "components": sorted(components),
+        "config": model.config(),
+        "path": {"class": type(model.path).__name__, **model.path.scheduler_config()},
+        "prediction": model.prediction,
+        "ladder": [sorted(keep) for keep in model.ladder],
+        "shape": list(model.shape),
+        "space": model.space,
+    }
+
+
+def _agree(stored: Any, own: Any) -> bool:
+    """Equal JSON, but for the last digits of floats, which differ between machines' mathematics libraries."""
+    if isinstance(stored, dict) and isinstance(own, dict):
+        return stored.keys() == own.keys() and all(_agree(stored[key], own[key]) for key in own)
+    if isinstance(stored, list) and isinstance(own, list):
+        return len(stored) == len(own) and all(map(_agree, stored, own))
+    if isinstance(stored, float) and isinstance(own, float):
+        return math.isclose(stored, own, rel_tol=1e-9, abs_tol=1e-12)
+    return type(stored) is type(own) and stored == own
+
+
+def load_model(folder: File, stored: dict[str, Any], prefix: str = "") -> DiffusionModel:
+    """The model that `describe` described, from the folder's `<prefix><network_name>/` and its companions' folders."""
+    model_class = find(stored["class"])
+    place = prefix + model_class.network_name
+    network = _restore(model_class.load_network(str(folder / place)), folder / place)
+    components = {}
+    for name in stored["components"]:
+        if not name.isidentifier():
+            raise BundleError(f"a component's name must be a plain word, got {name!r}")
+        components[name] = _restore(DiffusionModel.load_network(str(folder / name)), folder / name)
+    model = model_class.from_components(network, **components, **stored["config"])
+    own = json.loads(canonical(describe(model, place, companions(model))))
+    for name in own:
+        if not _agree(stored.get(name), own[name]):
+            raise BundleError(f"the manifest's {name} is {stored.get(name)!r}, its {stored['class']}'s {own[name]!r}")
+    return model
+
+
+def load_prior(folder: File, stored: dict[str, Any], model: DiffusionModel, of_model: dict[str, Any]) -> Prior:
+    """The prior bound onto `model`, which `of_model` describes: its own network's, or the model with parts kept."""
+    own = {name: value for name, value in stored.items() if name != "keep"}
+    base = model if own == of_model else load_model(folder, own, "unconditional_")
+    return unconditional(base, onto=model, keep=frozenset(stored["keep"]))
+
+
+def _restore(module: nn.Module, folder: File) -> nn.Module:
+    """The loaded module with exactly the stored tensors, in their own types, which diffusers casts to float32.
+
+    Strict: diffusers would fill what is missing with random weights.
+    """
+    stored: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        stored |= load_file(file)
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if name in stored:
+            tensor.data = tensor.data.to(stored[name].dtype)
+    module.load_state_dict(stored)
+    return module
+
+
+def save_network(network: nn.Module, folder: File) -> None:
+    """`save_pretrained`, for tied, shared and non-contiguous tensors too, and without the path it was loaded from.
+
+    ValueError for a module that has no `save_pretrained`.
+    """
+    if not hasattr(network, "save_pretrained"):
+        raise ValueError(f"a {type(network).__name__} has no save_pretrained, as diffusers' models have, to save it by")
+    hook = network.register_state_dict_post_hook(lambda module, state, prefix, metadata: state.update(plain(state)))
+    try:
+        network.save_pretrained(str(folder), safe_serialization=True)  # type: ignore[operator]
+    finally:
+        hook.remove()
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config.pop("_name_or_path", None)
+    file.write_bytes(canonical(config))
+
+
+def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, contiguous, no two in one storage: as safetensors takes them."""
+    copies, seen = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        copies[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return copies
+
+
+def nulls_of(model: DiffusionModel, prior: DiffusionModel | None) -> dict[str, Tensor]:
+    """The null parts of both, each a batch of one."""
+    parts = {f"model.{name}": part for name, part in model.null({}).items()}
+    if prior is not None:
+        parts |= {f"prior.{name}": part for name, part in prior.null({}).items()}
+    return plain(parts)
+
+
+def same_tensors(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    """Bit for bit, with equal names and types."""
+    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)

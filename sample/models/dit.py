@@ -1,0 +1,185 @@
+"""DiT (Peebles & Xie 2022, arXiv 2212.09748), in pixels or in an autoencoder's latents, with class rows."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path as File
+from typing import Any, Literal, Self
+
+import torch
+from diffusers import AutoencoderKL, DiTTransformer2DModel
+from torch import Tensor, nn
+
+from ..checkpoint import choose_weights, read_checkpoint, read_folder
+from ..latents import latent_space, read_autoencoder, to_latents, to_pixels
+from ..model import Condition, DiffusionModel
+from ..noise import DiscretePath
+from .dit_network import DiTNetwork, network_from_diffusers, network_from_state
+
+PIXELS = "pixels in [-1, 1]"
+
+
+class DiT(DiffusionModel):
+    """Pixels in [-1, 1], or the scaled latents of a frozen `vae`; linear path, epsilon.
+
+    Condition part "label" (B,) in [0, num_classes), null num_classes, the last class row; without classes there is no
+    condition. A learned variance (the second half of the output channels) is neither trained nor used.
+    """
+
+    network_name = "transformer"
+
+    def __init__(self, network: nn.Module, vae: AutoencoderKL | None = None, space: str | None = None):
+        """`space` names the latents of a network that comes without its autoencoder, as a prior may. ValueError where
+        it does not fit `vae`, or where four channels, say, come with neither."""
+        super().__init__()
+        config: Any = network.config
+        channels, size = config["in_channels"], config["input_size"]
+        if vae is not None:
+            if space not in (None, latent_space(vae)):
+                raise ValueError(f"the network was trained on {space}, the autoencoder given makes {latent_space(vae)}")
+            if (made := vae.config["latent_channels"]) != channels:
+                raise ValueError(f"the network takes {channels} channels, the autoencoder makes {made}")
+            space = latent_space(vae)
+            vae.requires_grad_(False).eval()
+        elif space is None and channels not in (1, 3):
+            raise ValueError(f"{channels} channels are no pixels: give the autoencoder as vae, or name its space")
+        self.network, self.vae = network, vae
+        self.path = DiscretePath.linear()
+        self.prediction = "epsilon"
+        self.num_classes: int = config["num_classes"]
+        self.ladder = (frozenset({"label"} if self.num_classes else ()),)
+        self.shape = (channels, size, size)
+        self.space = space or PIXELS
+
+    @classmethod
+    def create(
+        cls,
+        input_size: int = 32,
+        num_classes: int = 0,
+        channels: int = 3,
+        patch_size: int = 2,
+        width: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        learn_sigma: bool = False,
+        vae: AutoencoderKL | str | None = None,
+    ) -> "DiT":
+        """Fresh weights as the paper has them, for x_0 of `input_size` a side: pixels, or latents of `vae` (or of the
+        autoencoder in that folder)."""
+        network = DiTNetwork(
+            input_size=input_size,
+            patch_size=patch_size,
+            in_channels=channels,
+            hidden_size=width,
+            depth=depth,
+            num_heads=num_heads,
+            num_classes=num_classes,
+            learn_sigma=learn_sigma,
+        )
+        network.initialise()
+        return cls(network, read_autoencoder(vae) if isinstance(vae, str) else vae)
+
+    @classmethod
+    def from_base(cls, base: DiffusionModel, num_classes: int = 0, row_std: float = 1.0) -> "DiT":
+        """A model to fine-tune on a new label set from `base`, which is left as it is; they share the autoencoder.
+
+        The null row is the base's, so that the first unconditional prediction is the base's own. New class rows are the
+        null row plus normals of `row_std`: copies, and rows as close as fresh ones, would learn slowly. ValueError
+        where the base is no DiT.
+        """
+        if not isinstance(base, DiT):
+            raise ValueError(f"DiT starts from a DiT, got {type(base).__name__}")
+        config: Any = base.network.config
+        network = DiTNetwork.from_config({**config, "num_classes": num_classes})
+        state = base.network.state_dict()
+        rows = state["y_embedder.embedding_table.weight"]
+        spread = row_std * torch.randn(num_classes, rows.shape[1])
+        state["y_embedder.embedding_table.weight"] = torch.cat([rows[-1:] + spread.to(rows), rows[:1]])
+        network.load_state_dict(state)
+        return cls(network.to(rows), base.vae, base.space)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | File,
+        *,
+        weights: Literal["ema", "model"] = "ema",
+        num_heads: int | None = None,
+        vae: AutoencoderKL | str | None = None,
+        space: str | None = None,
+    ) -> "DiT":
+        """The model from a network's folder, a pipeline's (transformer/ and vae/), or an original checkpoint file.
+
+        `weights`: which set, in a file that holds {model, ema, ...}. `num_heads`: needed for files of other widths than
+        the paper's, see HEADS. `vae`: the autoencoder, or its folder. FileNotFoundError; ValueError says what does not
+        fit.
+        """
+        path = File(path)
+        if vae is None and (path / "vae").is_dir():
+            vae = str(path / "vae")
+        vae = read_autoencoder(vae) if isinstance(vae, str) else vae
+        if path.is_dir():
+            folder = path / cls.network_name
+            return cls(cls.load_network(str(folder if folder.is_dir() else path)), vae, space)
+        state = choose_weights(read_checkpoint(path), weights, path)
+        return cls(network_from_state(state, path, num_heads), vae, space)
+
+    @classmethod
+    def load_network(cls, folder: str) -> nn.Module:
+        """The network from its folder: a DiTNetwork's, or a diffusers DiTTransformer2DModel's, which is converted.
+
+        FileNotFoundError; ValueError where the folder is another network's, or damaged.
+        """
+        if not (config := File(folder) / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} is no network's folder: it has no config.json")
+        name = json.loads(config.read_text()).get("_class_name")
+        if name == "DiTNetwork":
+            return read_folder(DiTNetwork, folder)
+        if name == "DiTTransformer2DModel":
+            return network_from_diffusers(read_folder(DiTTransformer2DModel, folder), folder)
+        raise ValueError(f"{config} must name DiTNetwork or DiTTransformer2DModel, got {name!r}")
+
+    @classmethod
+    def tiny(cls) -> "DiT":
+        """Without the zeros at the start, so that the output and every input matter."""
+        network = DiTNetwork(input_size=8, in_channels=1, hidden_size=32, depth=2, num_heads=2, num_classes=3)
+        network.initialise(zero_std=0.2)
+        return cls(network)
+
+    def config(self) -> dict[str, Any]:
+        return {"space": self.space}
+
+    def train(self, mode: bool = True) -> Self:
+        """The autoencoder stays in eval mode."""
+        super().train(mode)
+        if self.vae is not None:
+            self.vae.eval()
+        return self
+
+    def encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
+        """Latents are drawn from the autoencoder's posterior while training, and are its mode otherwise."""
+        pixels = batch["pixels"]
+        x_0 = pixels * 2 - 1 if self._in_pixels() else to_latents(self.vae, pixels, draw=self.training)
+        if x_0.shape[1:] != self.shape:
+            raise ValueError(f"the pictures make x_0 of shape {tuple(x_0.shape[1:])}, the network takes {self.shape}")
+        return x_0, {name: batch[name] for name in self.ladder[0]}
+
+    def null(self, condition: Condition) -> Condition:
+        if not self.num_classes:
+            return {}
+        device = next(self.network.parameters()).device
+        label = condition.get("label", torch.zeros(1, dtype=torch.long, device=device))
+        return {"label": torch.full_like(label, self.num_classes)}
+
+    def denoise(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        label = condition["label"] if self.num_classes else torch.zeros(len(x_t), dtype=torch.long, device=x_t.device)
+        return self.network(x_t, t, label)[:, : self.shape[0]]
+
+    def decode(self, x_0: Tensor) -> Tensor:
+        return (x_0 / 2 + 0.5).clamp(0, 1) if self._in_pixels() else to_pixels(self.vae, x_0)
+
+    def _in_pixels(self) -> bool:
+        if self.vae is None and self.space != PIXELS:
+            raise ValueError(
+                f"this DiT came without its autoencoder ({self.space}): give it as vae to encode or decode"
+            )
+        return self.vae is None

@@ -1,0 +1,180 @@
+"""What every model of `sample.models` keeps, by discovery: a new file there is covered as it is."""
+
+import copy
+import json
+import time
+
+import pytest
+import torch
+from priorguide.sample.guidance import unconditional
+from priorguide.sample.loop import make_scheduler, sample
+from priorguide.sample.model import DiffusionModel, keep_only
+from priorguide.sample.models import find, models
+from torch import nn
+
+MODELS = {name: model for name, model in models().items() if model.__module__.startswith("priorguide.")}
+
+
+@pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS.keys())
+def model(request) -> DiffusionModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return request.param.tiny().eval()
+
+
+def random_condition(model, batch=3):
+    """Parts like the nulls: whole numbers below the null's (labels, tokens), the rest uniform on [0, 1)."""
+    generator = torch.Generator().manual_seed(1)
+    parts = {}
+    for name, null in model.null({}).items():
+        shape = (batch, *null.shape[1:])
+        if null.is_floating_point():
+            parts[name] = torch.rand(shape, generator=generator)
+        else:
+            parts[name] = torch.randint(0, int(null.max()), shape, generator=generator)
+    return parts
+
+
+def random_batch(model, batch=3):
+    """A batch of data: pictures, and conditions as they come from a data set."""
+    pixels = model.decode(torch.zeros(1, *model.shape))
+    generator = torch.Generator().manual_seed(2)
+    return {"pixels": torch.rand(batch, *pixels.shape[1:], generator=generator), **random_condition(model, batch)}
+
+
+def random_input(model, batch=3):
+    x_t = torch.randn(batch, *model.shape, generator=torch.Generator().manual_seed(3))
+    return x_t, torch.tensor([1.0, 500.0, 998.0])[:batch]
+
+
+def test_there_are_models_and_they_are_found_by_name():
+    assert {"PixelUNet", "DiT"} <= MODELS.keys()
+    assert all(find(name) is model for name, model in MODELS.items())
+    with pytest.raises(ValueError, match="no model is called 'Nobody'; known are .*PixelUNet"):
+        find("Nobody")
+
+
+@pytest.mark.parametrize("kind", MODELS.values(), ids=MODELS.keys())
+def test_tiny_is_quick_and_small(kind):
+    start = time.process_time()
+    model = kind.tiny()
+    assert time.process_time() - start < 5
+    assert sum(p.numel() for p in model.parameters()) < 5e6
+    assert model.network_name in ("unet", "transformer") and isinstance(model.network, nn.Module)
+
+
+def test_only_the_network_is_trained(model):
+    own = {id(p) for p in model.network.parameters()}
+    assert own and all(id(p) in own or not p.requires_grad for p in model.parameters())
+
+
+def test_null_is_idempotent(model):
+    null = model.null(random_condition(model))
+    again = model.null(null)
+    assert null.keys() == again.keys()
+    assert all(torch.equal(null[name], again[name]) for name in null)
+
+
+def test_null_fills_in_what_is_absent(model):
+    condition, empty = random_condition(model), model.null({})
+    full = model.null(condition)
+    assert empty.keys() == full.keys() == condition.keys()
+    for name, part in full.items():
+        assert len(empty[name]) == 1 and part.shape == condition[name].shape and part.dtype == condition[name].dtype
+        assert torch.equal(part, empty[name].expand_as(part))
+        partly = model.null({name: condition[name]})
+        assert all(torch.equal(partly[other], full[other][: len(partly[other])]) for other in full)
+
+
+def test_null_leaves_the_condition_as_it_was(model):
+    condition = random_condition(model)
+    before = {name: part.clone() for name, part in condition.items()}
+    model.null(condition)
+    assert all(torch.equal(part, before[name]) for name, part in condition.items())
+
+
+def test_every_part_on_the_ladder_has_a_null(model):
+    condition = random_condition(model)
+    assert model.ladder and all(low < high for low, high in zip(model.ladder, model.ladder[1:], strict=False))
+    for name in model.ladder[-1]:
+        assert not torch.equal(model.null(condition)[name], condition[name])
+
+
+def test_the_top_of_the_ladder_is_the_condition(model):
+    condition = random_condition(model)
+    top = keep_only(model, condition, model.ladder[-1], 3)
+    assert all(torch.equal(top[name], condition[name]) for name in condition)
+
+
+def test_every_part_on_the_ladder_matters(model):
+    condition, (x_t, t) = random_condition(model), random_input(model)
+    with torch.no_grad():
+        full = model.denoise(x_t, t, condition)
+        for name in model.ladder[-1]:
+            without = model.denoise(x_t, t, {**condition, name: model.null(condition)[name]})
+            assert not torch.equal(without, full), name
+
+
+def test_denoise_keeps_shape_and_sample(model):
+    condition, (x_t, t) = random_condition(model), random_input(model)
+    with torch.no_grad():
+        out = model.denoise(x_t, t, condition)
+        assert out.shape == x_t.shape and out.isfinite().all()
+        for i in range(3):
+            own = {name: part[i : i + 1] for name, part in condition.items()}
+            alone = model.denoise(x_t[i : i + 1], t[i : i + 1], own)
+            torch.testing.assert_close(alone[0], out[i], rtol=0, atol=1e-5 * max(1, float(out.abs().max())))
+
+
+def test_denoise_takes_fractions_and_half_precision(model):
+    condition, (x_t, t) = random_condition(model), random_input(model)
+    with torch.no_grad():
+        whole, between, following = (model.denoise(x_t, t + shift, condition) for shift in (0, 0.5, 1))
+        assert not torch.equal(between, whole) and not torch.equal(between, following)
+        halved = copy.deepcopy(model)
+        halved.network.to(torch.bfloat16)
+        half = halved.denoise(x_t.bfloat16(), t, condition)
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - whole).abs().max() < 0.1 * max(1, float(whole.abs().max()))
+
+
+def test_encode_and_decode(model):
+    batch = random_batch(model)
+    with torch.no_grad():
+        x_0, condition = model.encode(batch)
+        assert x_0.shape == (3, *model.shape) and x_0.dtype == torch.float32
+        assert condition.keys() == model.null({}).keys() and all(len(part) == 3 for part in condition.values())
+        pixels, far = model.decode(x_0), model.decode(100 * torch.randn(3, *model.shape))
+    assert pixels.shape == batch["pixels"].shape
+    assert pixels.min() >= 0 and pixels.max() <= 1 and far.min() >= 0 and far.max() <= 1
+    if model.space.startswith("pixels"):
+        torch.testing.assert_close(pixels, batch["pixels"], rtol=0, atol=1e-6)
+
+
+def test_saved_and_loaded_it_is_the_same_to_the_bit(model, tmp_path):
+    model.network.save_pretrained(tmp_path, safe_serialization=True)
+    assert not [file.name for file in tmp_path.rglob("*") if file.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
+    config = json.loads(json.dumps(model.config()))
+    again = type(model).from_components(type(model).load_network(str(tmp_path)), **config).eval()
+    for attribute in ("path", "prediction", "ladder", "shape", "space"):
+        assert getattr(again, attribute) == getattr(model, attribute)
+    assert again.config() == model.config()
+    condition, (x_t, t) = random_condition(model), random_input(model)
+    with torch.no_grad():
+        assert torch.equal(again.denoise(x_t, t, condition), model.denoise(x_t, t, condition))
+
+
+def test_a_folder_that_names_no_network_is_refused(model, tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "DDIMScheduler"}')
+    with pytest.raises((ValueError, OSError), match=r"DDIMScheduler|DiTNetwork|no file|config"):
+        type(model).load_network(str(tmp_path))
+
+
+def test_it_samples_guided_by_itself_and_by_a_copy(model):
+    condition, settings = random_condition(model), {"scales": [2.0] * len(model.ladder), "steps": 3}
+    base = unconditional(copy.deepcopy(model), onto=model)
+    scheduler = make_scheduler(model, timestep_spacing="trailing")
+    own = sample(model, condition, [1, 2, 3], scheduler=scheduler, **settings)
+    other = sample(model, condition, [1, 2, 3], scheduler=scheduler, prior=base, **settings)
+    assert own.isfinite().all()
+    torch.testing.assert_close(other, own, rtol=0, atol=1e-4 * max(1, float(own.abs().max())))

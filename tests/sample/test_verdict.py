@@ -1,0 +1,331 @@
+import json
+import math
+
+import pytest
+import torch
+from priorguide.sample.distances import Reference, kernel_distance, kernel_distance_difference
+from priorguide.sample.metrics import Scores
+from priorguide.sample.verdict import Rule, decide
+from scipy.special import stdtrit
+from scipy.stats import ttest_rel
+from torch import Tensor
+
+
+class World:
+    """Features (N, 64) of pictures under shared conditions: mixed 5-dimensional Gaussians whose true KID is known."""
+
+    width = 64
+
+    def __init__(self, seed: int):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.means = self.normal(3, self.width) + 0.5
+        self.mix = self.normal(5, self.width)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+
+    def conditions(self, count: int) -> tuple[Tensor, Tensor]:
+        return torch.randint(3, (count,), generator=self.generator), self.normal(count, 5)
+
+    def draw(self, conditions: tuple[Tensor, Tensor], shift: float = 0, scale: float = 1) -> Tensor:
+        """Features under the conditions, half of the variation the sample's own."""
+        kind, common = conditions
+        z = (common + self.normal(len(kind), 5)) / math.sqrt(2)
+        return self.means[kind] + shift + scale * z @ self.mix + 0.2 * self.normal(len(kind), self.width)
+
+    def moments(self, shift: float = 0, scale: float = 1) -> list[Tensor]:
+        """E x, E x x^T, E x x x of `draw`."""
+        covariance = scale**2 * self.mix.T @ self.mix + 0.04 * torch.eye(self.width, dtype=torch.float64)
+        found = []
+        for mean in self.means + shift:
+            outer = torch.einsum("i,jk->ijk", mean, covariance)
+            third = torch.einsum("i,j,k->ijk", mean, mean, mean)
+            third = third + outer + outer.permute(1, 0, 2) + outer.permute(1, 2, 0)
+            found.append([mean, covariance + mean.outer(mean), third])
+        return [torch.stack(moment).mean(0) for moment in zip(*found, strict=True)]
+
+    def kid(self, **drawn: float) -> float:
+        """The true squared MMD of `draw(**drawn)` to `draw()`: (x.y / D + 1)^3 expanded into moments."""
+        terms = zip((3, 3, 1), self.moments(**drawn), self.moments(), (1, 2, 3), strict=True)
+        return sum(c * (p - q).square().sum().item() / self.width**power for c, p, q, power in terms)
+
+
+def covered(repeats: int, count: int, references: int, a: dict[str, float], b: dict[str, float]) -> float:
+    """How often the 95 % interval of a KID difference holds the truth."""
+    world = World(0)
+    truth = world.kid(**a) - world.kid(**b)
+    quantile = stdtrit(count - 1, 0.975)
+    hits = 0
+    for _ in range(repeats):
+        conditions = world.conditions(count)
+        reference = world.draw(world.conditions(references))
+        found = kernel_distance_difference(world.draw(conditions, **a), world.draw(conditions, **b), reference)
+        hits += abs(found.value - truth) <= quantile * found.error
+    return hits / repeats
+
+
+def within(share: float, expected: float, repeats: int) -> bool:
+    """Three binomial standard errors."""
+    return abs(share - expected) <= 3 * math.sqrt(expected * (1 - expected) / repeats)
+
+
+def test_interval_covers_the_truth():
+    share = covered(300, 500, 1000, dict(shift=0.1, scale=1.1), dict(shift=0.05))
+    assert within(share, 0.95, 300), share
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("b", [dict(shift=0.05), dict(scale=0.9), dict(shift=-0.1, scale=1.1)])
+def test_interval_covers_the_truth_at_the_quickstarts_size(b):
+    share = covered(300, 500, 5000, dict(shift=0.1, scale=1.1), b)
+    assert within(share, 0.95, 300), share
+
+
+@pytest.mark.slow
+def test_interval_errs_on_the_safe_side_where_both_equal_the_reference():
+    assert covered(500, 300, 1000, {}, {}) >= 0.95
+
+
+def claims(repeats: int, count: int, references: int) -> float:
+    """How often `decide` claims a difference between priors of one distribution and independent noise."""
+    world, found = World(1), 0
+    for _ in range(repeats):
+        conditions = world.conditions(count)
+        arms = {
+            (prior, (scale,)): Scores(world.draw(conditions, shift=0.05 * (scale - 2) ** 2, scale=1.05))
+            for prior in ("self", "base")
+            for scale in (1.5, 2.0, 3.0)
+        }
+        verdict = decide(arms, world.draw(world.conditions(references)), Rule(guards={}))
+        found += verdict.comparisons[0].outcome != "no difference"
+    return found / repeats
+
+
+def test_equal_priors_are_rarely_told_apart():
+    share = claims(100, 400, 600)
+    assert share <= 0.05 or within(share, 0.05, 100), share
+
+
+@pytest.mark.slow
+def test_equal_priors_are_told_apart_in_at_most_five_percent():
+    share = claims(1000, 400, 600)
+    assert share <= 0.05 or within(share, 0.05, 1000), share
+
+
+def scored(psnr: Tensor | float, count: int = 40, seed: int = 0, **others: Tensor) -> Scores:
+    """Scores whose conditions differ by 1 dB, and whose arms differ by 0.01 dB of noise besides."""
+    common = torch.randn(count, generator=torch.Generator().manual_seed(1000))
+    own = torch.randn(count, generator=torch.Generator().manual_seed(seed))
+    return Scores(per_condition={"psnr": 20 + common + 0.01 * own + psnr, **others})
+
+
+PSNR = Rule(decide_by="psnr", guards={})
+
+
+def test_better_candidate_wins():
+    arms = {("self", (2.0,)): scored(0), ("base", (2.0,)): scored(0.5, seed=1), ("other", (2.0,)): scored(0.3, seed=2)}
+    verdict = decide(arms, rule=PSNR)
+    assert (verdict.prior, verdict.scales, verdict.confident) == ("base", (2.0,), True)
+    assert [c.outcome for c in verdict.comparisons] == ["better", "better"]
+    assert verdict.sentence.startswith("Deploy base at scale 2: it beats self at scale 2 (psnr +0.")
+
+
+def test_interval_is_the_paired_t_interval_with_bonferroni():
+    base, own = scored(0.5, seed=1), scored(0)
+    arms = {("self", (2.0,)): own, ("base", (2.0,)): base, ("other", (2.0,)): scored(0, seed=2)}
+    judged = [scores.take(slice(1, None, 2)).per_condition["psnr"].double().numpy() for scores in (base, own)]
+    low, high = ttest_rel(*judged).confidence_interval(0.975)
+    comparison = decide(arms, rule=PSNR).comparisons[0]
+    assert comparison.interval == pytest.approx((low, high))
+    assert comparison.difference == pytest.approx((judged[0] - judged[1]).mean())
+
+
+def test_worse_candidate_harms():
+    verdict = decide({("self", (2.0,)): scored(0), ("base", (2.0,)): scored(-1, seed=1)}, rule=PSNR)
+    assert (verdict.prior, verdict.confident, verdict.comparisons[0].outcome) == ("self", True, "worse")
+    assert verdict.sentence.startswith("Deploy self at scale 2: base harms here, at scale 2 psnr -")
+    assert " dB, 95 % interval " in verdict.sentence
+
+
+def test_tie_is_the_baselines():
+    verdict = decide({("self", (2.0,)): scored(0), ("base", (3.0,)): scored(0, seed=1)}, rule=PSNR)
+    assert (verdict.prior, verdict.confident, verdict.comparisons[0].outcome) == ("self", False, "no difference")
+    assert verdict.sentence.startswith("No clear winner: deploy self at scale 2, which needs one network only (base at")
+
+
+def test_margin_must_be_beaten():
+    arms = {("self", (2.0,)): scored(0), ("base", (2.0,)): scored(0.5, seed=1)}
+    assert decide(arms, rule=Rule("psnr", {}, margin=0.4)).prior == "base"
+    assert decide(arms, rule=Rule("psnr", {}, margin=0.6)).comparisons[0].outcome == "no difference"
+
+
+def test_guard_wants_proof():
+    right, half = torch.ones(40), torch.arange(40).remainder(4).lt(2).float()
+    rule = Rule("psnr", {"accuracy": 0.1})
+
+    def outcome(own: Tensor, other: Tensor) -> str:
+        arms = {
+            ("self", (2.0,)): scored(0, accuracy=own),
+            ("base", (2.0,)): scored(0.5, seed=1, accuracy=other),
+        }
+        verdict = decide(arms, rule=rule)
+        assert (verdict.prior == "base") == (verdict.comparisons[0].outcome == "better")
+        return verdict.comparisons[0].outcome
+
+    assert outcome(right, right) == "better"
+    assert outcome(half, right) == "better"
+    assert outcome(right, half) == "guard broken"
+    assert outcome(half, half.roll(2)) == "guard broken"  # equal on average, but a loss of 0.1 is not ruled out
+
+
+def test_guard_that_fails_is_told():
+    arms = {
+        ("self", (2.0,)): scored(0, accuracy=torch.ones(40)),
+        ("base", (2.0,)): scored(0.5, seed=1, accuracy=torch.zeros(40)),
+    }
+    verdict = decide(arms, rule=Rule("psnr", {"accuracy": 0.1}))
+    guard = verdict.comparisons[0].guards["accuracy"]
+    assert (guard.difference, guard.interval, guard.allowed, guard.holds) == (-1, (-1, -1), 0.1, False)
+    assert (
+        "base at scale 2 is better by psnr, but a loss of more than 0.1 is not ruled out, accuracy -1"
+        in verdict.sentence
+    )
+
+
+def kid_arms(world: World, count: int, **arms: tuple[float, float]) -> dict[tuple[str, tuple[float, ...]], Scores]:
+    conditions = world.conditions(count)
+    return {(name, (scale,)): Scores(world.draw(conditions, shift)) for name, (scale, shift) in arms.items()}
+
+
+def test_kid_decides_and_lower_is_better():
+    world = World(2)
+    reference = world.draw(world.conditions(500))
+    near = kid_arms(world, 400, self=(2.0, 0.0), base=(2.0, 1.0))
+    verdict = decide(near, reference, Rule(guards={}))
+    assert (verdict.prior, verdict.comparisons[0].outcome) == ("self", "worse")
+    assert verdict.comparisons[0].difference > 0
+    far = {("self", (2.0,)): near["base", (2.0,)], ("base", (2.0,)): near["self", (2.0,)]}
+    verdict = decide(far, Reference(reference), Rule(guards={}))
+    assert (verdict.prior, verdict.comparisons[0].outcome) == ("base", "better")
+    assert verdict.comparisons[0].interval[1] < 0
+
+
+def test_kid_is_the_one_of_the_judging_half():
+    world = World(3)
+    reference = world.draw(world.conditions(300))
+    arms = kid_arms(world, 200, self=(2.0, 0.1), base=(2.0, 0.2))
+    own, base = (arms[name, (2.0,)].features[1::2] for name in ("self", "base"))
+    wanted = kernel_distance(base, reference).value - kernel_distance(own, reference).value
+    assert decide(arms, reference, Rule(guards={})).comparisons[0].difference == pytest.approx(wanted)
+
+
+def test_scale_is_chosen_on_one_half_and_judged_on_the_other():
+    even = torch.arange(40).remainder(2).eq(0)
+    arms = {
+        ("self", (1.5,)): scored(torch.where(even, 0.0, 9.0)),
+        ("self", (2.0,)): scored(torch.where(even, 1.0, 0.0), seed=1),
+        ("base", (2.0,)): scored(torch.where(even, 0.0, 9.0), seed=2),
+        ("base", (3.0,)): scored(torch.where(even, 2.0, -1.0), seed=3),
+    }
+    verdict = decide(arms, rule=PSNR)
+    assert verdict.chosen == {"self": (2.0,), "base": (3.0,)}
+    comparison = verdict.comparisons[0]
+    assert (comparison.scales, comparison.baseline_scales, comparison.outcome) == ((3.0,), (2.0,), "worse")
+    assert comparison.difference == pytest.approx(-1, abs=0.02)
+
+
+def test_scale_one_is_the_baselines_whatever_its_name():
+    arms = {
+        ("self", (2.0,)): scored(0),
+        ("base", (1.0,)): scored(2, seed=1),
+        ("base", (2.0,)): scored(1, seed=2),
+        ("none", (1.0,)): scored(2, seed=1),
+    }
+    verdict = decide(arms, rule=PSNR)
+    assert verdict.chosen == {"self": (1.0,), "base": (2.0,)}
+    assert (verdict.prior, verdict.scales, len(verdict.comparisons)) == ("self", (1.0,), 1)
+    assert verdict.sentence.startswith("Deploy self at scale 1 (no prior evaluated): base harms here")
+
+
+def test_only_the_lowest_scale_leaves_the_prior_out():
+    arms = {("self", (1.5, 7.5)): scored(0), ("base", (1.0, 7.5)): scored(1), ("base", (1.5, 1.0)): scored(2, seed=1)}
+    verdict = decide(arms, rule=PSNR)
+    assert verdict.chosen == {"self": (1.0, 7.5), "base": (1.5, 1.0)}
+    assert (verdict.prior, verdict.scales) == ("base", (1.5, 1.0))
+
+
+def test_alone_is_said_to_be():
+    verdict = decide({("self", (1.5,)): scored(0)}, rule=PSNR)
+    assert (verdict.confident, verdict.sentence) == (False, "Deploy self at scale 1.5: no other prior was compared.")
+
+
+def test_json_round_trip():
+    world = World(4)
+    conditions = world.conditions(60)
+    arms = {
+        (name, (1.5, 7.5)): Scores(world.draw(conditions), scored(0, 60, seed).per_condition)
+        for seed, name in enumerate(("self", "base"))
+    }
+    verdict = decide(arms, world.draw(world.conditions(50)))
+    record = json.loads(json.dumps(verdict.to_json()))
+    assert record == verdict.to_json()
+    assert (record["decide_by"], record["chosen"]["base"], record["conditions"]) == ("kid", [1.5, 7.5], 60)
+    assert record["rule"] == {
+        "decide_by": "kid",
+        "guards": {"psnr": 0.1},
+        "margin": 0.0,
+        "level": 0.95,
+        "baseline": "self",
+    }
+    comparison = record["comparisons"][0]
+    assert set(comparison["guards"]["psnr"]) == {"difference", "interval", "allowed", "holds"}
+    assert comparison["baseline_scales"] == [1.5, 7.5]
+
+
+def test_refuses_arms_that_do_not_fit():
+    own = ("self", (2.0,))
+    with pytest.raises(ValueError, match=r"baseline 'self' is not among the arms \['base'\]"):
+        decide({("base", (2.0,)): scored(0)}, rule=PSNR)
+    with pytest.raises(ValueError, match=r"different numbers: 38 \(psnr of base at scale 2\), 40 \(psnr of self"):
+        decide({own: scored(0), ("base", (2.0,)): scored(0, 38)}, rule=PSNR)
+    with pytest.raises(ValueError, match="at least 4 conditions, got 3"):
+        decide({own: scored(0, 3)}, rule=PSNR)
+    with pytest.raises(ValueError, match="the psnr of self at scale 2 must be finite"):
+        decide({own: scored(math.nan)}, rule=PSNR)
+    with pytest.raises(ValueError, match=r"names accuracy, but self at scale 2 has no .* \(it has \['psnr'\]\)"):
+        decide({own: scored(0)}, rule=Rule("accuracy", {}))
+    with pytest.raises(ValueError, match="'self' has no scales"):
+        decide({("self", ()): scored(0)}, rule=PSNR)
+
+
+def test_refuses_features_that_do_not_fit():
+    features, bad = torch.rand(20, 4), torch.rand(20, 4)
+    bad[0, 0] = math.nan
+    own, rule = ("self", (2.0,)), Rule(guards={})
+    with pytest.raises(ValueError, match="reference features must be finite"):
+        decide({own: Scores(features)}, bad, rule)
+    with pytest.raises(ValueError, match="features of self at scale 2 must be finite"):
+        decide({own: Scores(bad)}, features, rule)
+    with pytest.raises(ValueError, match="needs the features of a reference"):
+        decide({own: Scores(features)}, None, rule)
+    with pytest.raises(ValueError, match="self at scale 2 has no features"):
+        decide({own: scored(0)}, features, rule)
+    with pytest.raises(ValueError, match="have 4 columns, the reference 3"):
+        decide({own: Scores(features)}, features[:, :3], rule)
+
+
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        (dict(decide_by="fd"), "fd has no unbiased paired difference"),
+        (dict(decide_by="sharpness"), "got 'sharpness'"),
+        (dict(guards={"coverage": 0.1}), "coverage has no unbiased"),
+        (dict(level=95), "between 0 and 1, got 95"),
+        (dict(margin=-1), "0 or more, got -1"),
+        (dict(guards={"psnr": -0.1}), "0 or more"),
+        (dict(guards={"psnr": math.nan}), "0 or more"),
+    ],
+)
+def test_rule_refuses(given, told):
+    with pytest.raises(ValueError, match=told):
+        Rule(**given)

@@ -1,0 +1,142 @@
+"""The command line: one parser, subcommands that load only when they run."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+EPILOG = "guidance: uncond + scale * (cond - uncond); scale 1 is the conditional prediction alone."
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every subcommand but `fit`, whose arguments LightningCLI reads off the classes."""
+    top = argparse.ArgumentParser(
+        prog="priorguide",
+        description="Fine-tune a conditional diffusion model, measure which unconditional prior guides it best, "
+        "deploy that pair.",
+        epilog=EPILOG,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=EPILOG)
+
+    quickstart = add("quickstart", "the whole story on Fashion-MNIST: fine-tune, compare, choose, export")
+    quickstart.add_argument("--task", choices=("edges", "classes", "rotate"), default="edges")
+    quickstart.add_argument("--out", default=None, help="a new folder (default: quickstart/TASK)")
+    quickstart.add_argument("--seed", type=int, default=0, help="of the fine-tuning")
+    quickstart.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
+
+    commands.add_parser("fit", help="fine-tune as a YAML config says (priorguide fit --help)", add_help=False)
+
+    compare = add("compare", "compare priors over scales with a run's checkpoint, and decide")
+    compare.add_argument("run", help="the folder of a fit")
+    compare.add_argument("--checkpoint", default=None, help="default: checkpoints/last.ckpt")
+    compare.add_argument("--scales", default=None, help="e.g. 1,1.5,2,3 or, for longer ladders, 1.5:7.5,1.5:5")
+    compare.add_argument("--conditions", type=int, default=None, help="how many held-out conditions")
+    compare.add_argument("--out", default=None, help="a new folder (default: RUN/comparison)")
+
+    export = add("export", "write the fine-tuned model and its prior as one bundle, and check it")
+    export.add_argument("run", help="the folder of a fit")
+    export.add_argument("--checkpoint", default=None, help="default: checkpoints/last.ckpt")
+    export.add_argument("--comparison", default=None, help="a compare's folder (default: RUN/comparison)")
+    export.add_argument("--model-only", action="store_true", help="the model alone, to start from or to serve as a prior")
+    export.add_argument("--prior", default=None, help="override the verdict: a candidate's name")
+    export.add_argument("--scale", default=None, help="override the verdict: e.g. 3 or 1.5:7.5")
+    export.add_argument("--out", default=None, help="a new folder (default: RUN/bundle)")
+
+    sample = add("sample", "sample pictures from a bundle")
+    sample.add_argument("bundle", help="the bundle's folder")
+    sample.add_argument(
+        "--condition", action="append", default=[], metavar="NAME=VALUE", help="a label, or a picture's path; repeatable"
+    )
+    sample.add_argument("--recorded", action="store_true", help="the bundle's own recorded conditions instead")
+    sample.add_argument("--seeds", default="0:4", help="e.g. 0:16 or 3,5,8")
+    sample.add_argument("--scale", default=None, help="in place of the bundle's, e.g. 3 or 1.5:7.5")
+    sample.add_argument("--steps", type=int, default=None, help="in place of the bundle's")
+    sample.add_argument("--device", default="cpu")
+    sample.add_argument("--out", default="samples", help="a new folder for the PNG files")
+
+    verify = add("verify", "recompute every hash of a bundle and replay its recorded batch")
+    verify.add_argument("bundle", help="the bundle's folder")
+    verify.add_argument("--device", default="cpu")
+    verify.add_argument("--hashes-only", action="store_true", help="leave the recorded batch unplayed")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Exit status: 0 done, 1 it failed, 2 it was asked wrongly."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["fit"]:
+        return _guarded(lambda: _fit(arguments[1:]))
+    args = parser().parse_args(arguments)
+    return _guarded(lambda: _run(args))
+
+
+def _fit(arguments: list[str]) -> int:
+    _need("lightning", "fit")
+    from .fit import fit
+
+    fit(arguments)
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.command in ("sample", "verify"):
+        from . import sampling
+
+        return getattr(sampling, args.command)(args)
+    _need("lightning", args.command)
+    if args.command == "quickstart":
+        from .quickstart import quickstart
+
+        quickstart(args.task, args.out, args.seed, args.threads)
+    elif args.command == "compare":
+        from .compare import compare_run
+
+        compare_run(args.run, args.checkpoint, parse_scales(args.scales), args.conditions, args.out)
+    elif args.command == "export":
+        from .export import export_model, export_run
+
+        if args.model_only:
+            export_model(args.run, args.checkpoint, args.out)
+            return 0
+        scale = parse_scales(args.scale)
+        export_run(args.run, args.checkpoint, args.comparison, args.prior, scale[0] if scale else None, args.out)
+    return 0
+
+
+def parse_scales(text: str | None) -> list[tuple[float, ...]] | None:
+    """"1,1.5,3" as [(1,), (1.5,), (3,)], "1.5:7.5" as [(1.5, 7.5)]. ValueError for anything else."""
+    if text is None:
+        return None
+    try:
+        return [tuple(float(number) for number in scales.split(":")) for scales in text.split(",")]
+    except ValueError:
+        raise ValueError(f"scales must look like 1,1.5,3 or 1.5:7.5, got {text!r}") from None
+
+
+def _need(package: str, command: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec(package) is None:
+        raise ModuleNotFoundError(f"`priorguide {command}` needs {package}: pip install 'priorguide[train]'")
+
+
+def _guarded(run: Callable[[], int]) -> int:
+    """One sentence instead of a traceback, unless PRIORGUIDE_TRACEBACK is set."""
+    try:
+        return run()
+    except KeyboardInterrupt:
+        print("priorguide: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if os.environ.get("PRIORGUIDE_TRACEBACK"):
+            raise
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"priorguide: {str(text) or type(error).__name__}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

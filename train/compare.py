@@ -1,0 +1,138 @@
+"""`priorguide compare`: the full comparison of a run's candidates, its record and its page."""
+
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path as File
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..callbacks.comparison import PriorComparison
+from ..callbacks.records import arm_name, comparison_panel, shown, write_whole
+from ..callbacks.report import write_report
+from ..callbacks.tables import terminal_table
+from ..sample.evaluate import Evaluation
+from .fine_tune import FineTune
+from .fit import FitCLI, load_run
+
+
+def compare_run(
+    run: str | File,
+    checkpoint: str | None = None,
+    scales: Sequence[tuple[float, ...]] | None = None,
+    conditions: int | None = None,
+    out: str | None = None,
+) -> dict[str, Any]:
+    """Compares the checkpoint's candidates, and writes record.json, panel.png and index.html into a new folder."""
+    folder = File(out) if out else File(run) / "comparison"
+    refuse_existing(folder)
+    cli, state = load_run(run, checkpoint)
+    record, pictures, evaluation = full_comparison(cli, state, scales, conditions)
+    save_comparison(folder, cli, record, pictures, evaluation)
+    show(record)
+    return record
+
+
+def refuse_existing(folder: File) -> None:
+    """ValueError where the folder exists: nothing is written over."""
+    if folder.exists():
+        raise ValueError(f"{folder} exists already; choose a new --out, or remove it")
+
+
+def comparison_of(cli: FitCLI) -> PriorComparison:
+    """The run's PriorComparison callback, which holds the candidates. ValueError where it has none."""
+    for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, PriorComparison):
+            return callback
+    raise ValueError("the run's config has no PriorComparison callback: it names the candidates to compare")
+
+
+def full_comparison(
+    cli: FitCLI,
+    state: dict[str, Any],
+    scales: Sequence[tuple[float, ...]] | None = None,
+    conditions: int | None = None,
+) -> tuple[dict[str, Any], dict[str, Any], Evaluation]:
+    """(record, pictures for the page, evaluation) of the run's candidates over all scales, with a progress bar."""
+    callback, fine_tune, data = comparison_of(cli), cli.model, cli.datamodule
+    assert isinstance(fine_tune, FineTune)
+    data.setup("fit")
+    start = time.perf_counter()
+    with progress() as bar:
+        task = bar.add_task("comparing", total=None)
+        evaluation = callback.evaluate(
+            fine_tune,
+            data,
+            scales=scales,
+            num_conditions=conditions,
+            full=True,
+            on_step=lambda step, total: bar.update(task, completed=step, total=total),
+        )
+    record = {
+        "rows": evaluation.rows(),
+        "verdict": evaluation.verdict.to_json() if evaluation.verdict else None,
+        "floor": {name: estimate.value for name, estimate in evaluation.floor.items()},
+        "history": next((s["history"] for s in state.get("callbacks", {}).values() if "history" in s), []),
+        "sampling": {
+            "scheduler": callback.sampler.scheduler,
+            "steps": callback.sampler.steps,
+            "eta": callback.sampler.eta,
+            **callback.sampler.options,
+        },
+        "conditions": conditions or callback.num_conditions,
+        "reference": callback.num_reference,
+        "step": state.get("global_step"),
+        "seconds_comparing": time.perf_counter() - start,
+        "environment": environment(),
+    }
+    chosen = evaluation.verdict.chosen if evaluation.verdict else {}
+    arms = {(prior, tuple(s)): evaluation.pictures[prior, tuple(s)] for prior, s in chosen.items()}
+    batch = data.held_out(record["conditions"])  # type: ignore[attr-defined]
+    pictures = {
+        "condition": shown(batch, "image"),
+        "target": shown(batch, "pixels") if callback.has_target else None,
+        "candidates": {arm_name(arm): images for arm, images in arms.items()},
+    }
+    return record, pictures, evaluation
+
+
+def save_comparison(
+    folder: File, cli: FitCLI, record: dict[str, Any], pictures: dict[str, Any], evaluation: Evaluation
+) -> None:
+    """record.json, panel.png and index.html in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    count = comparison_of(cli).num_pictures
+    comparison_panel(evaluation, cli.datamodule.held_out(count)).save(folder / "panel.png")  # type: ignore[attr-defined]
+    write_report(folder / "index.html", {"title": "Which prior to deploy", **record}, pictures)
+    write_whole(folder / "record.json", json.dumps(record, indent=1))
+
+
+def show(record: dict[str, Any]) -> None:
+    """The table and the sentence, on the terminal."""
+    console = Console(width=max(100, Console().width))
+    console.print(terminal_table(record))
+    if record.get("verdict"):
+        console.print(record["verdict"]["sentence"], style="bold")
+
+
+def progress() -> Progress:
+    """A bar with rate and time left."""
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} steps"),
+        TimeElapsedColumn(), TimeRemainingColumn(),
+    )
+
+
+def environment() -> dict[str, str]:
+    """What the figures were measured with."""
+    return {
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "threads": str(torch.get_num_threads()),
+        **{name: importlib.metadata.version(name) for name in ("priorguide", "torch", "diffusers", "lightning")},
+    }

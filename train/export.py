@@ -1,0 +1,103 @@
+"""`priorguide export`: the run's network and the prior that won, as one bundle that is checked before it is kept."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path as File
+from typing import Any
+
+from ..sample.bundle import Bundle, Recorded
+from ..sample.guidance import Guidance
+from .compare import comparison_of, refuse_existing
+from .fine_tune import FineTune
+from .fit import FitCLI, load_run
+
+RECORDED_PICTURES = 16
+
+
+def export_run(
+    run: str | File,
+    checkpoint: str | None = None,
+    comparison: str | None = None,
+    prior: str | None = None,
+    scales: tuple[float, ...] | None = None,
+    out: str | None = None,
+) -> File:
+    """Writes the bundle that the comparison's verdict names, or the given prior and scales; verifies it apart."""
+    run = File(run)
+    folder = File(out) if out else run / "bundle"
+    refuse_existing(folder)
+    path = (File(comparison) if comparison else run / "comparison") / "record.json"
+    record = json.loads(path.read_text()) if path.is_file() else None
+    if record is None and (prior is None or scales is None):
+        raise ValueError(f"there is no {path}: run `priorguide compare {run}` first, or give --prior and --scale")
+    cli, state = load_run(run, checkpoint)
+    cli.datamodule.setup("fit")
+    export(cli, state, folder, record, prior, scales)
+    print(verify_apart(folder))
+    return folder
+
+
+def export_model(run: str | File, checkpoint: str | None = None, out: str | None = None) -> File:
+    """Writes the run's (averaged) model alone: a base for other runs, or a prior. No comparison is needed."""
+    folder = File(out) if out else File(run) / "model"
+    refuse_existing(folder)
+    cli, state = load_run(run, checkpoint)
+    with cli.model.averaged() as model:
+        Bundle.save(folder, model, provenance=provenance(cli, state))
+    print(f"a model in {folder}")
+    return folder
+
+
+def provenance(cli: FitCLI, state: dict[str, Any]) -> dict[str, Any]:
+    """Where the weights come from: the step, the seed, and what started and fed the training."""
+    config = cli.config
+    return {
+        "step": state.get("global_step"),
+        "seed": config.seed_everything,
+        "model": config.model.model.as_dict(),
+        "data": config.data.as_dict(),
+    }
+
+
+def export(
+    cli: FitCLI,
+    state: dict[str, Any],
+    folder: File,
+    record: dict[str, Any] | None,
+    prior: str | None = None,
+    scales: tuple[float, ...] | None = None,
+) -> Recorded:
+    """Writes the bundle, its recorded batch from the first held-out conditions, and returns that batch."""
+    callback, fine_tune = comparison_of(cli), cli.model
+    assert isinstance(fine_tune, FineTune)
+    verdict = (record or {}).get("verdict") or {}
+    name = prior or verdict["prior"]
+    wanted = scales or tuple(verdict["chosen"].get(name, verdict["scales"]))
+    if name not in callback.priors:
+        raise ValueError(f"prior must be among the run's candidates {sorted(callback.priors)}, got {name!r}")
+    with fine_tune.averaged() as model:
+        guidance: Guidance = callback.candidates(model, [wanted])[name, wanted]
+        batch = cli.datamodule.held_out(RECORDED_PICTURES)  # type: ignore[attr-defined]
+        condition = model.encode(batch)[1]
+        seeds = [callback.seed + i for i in range(RECORDED_PICTURES)]
+        recorded = Recorded.draw(model, condition, seeds, guidance, callback.sampler)
+        Bundle.save(
+            folder,
+            model,
+            guidance=guidance,
+            sampler=callback.sampler,
+            recorded=recorded,
+            evidence=record,
+            provenance=provenance(cli, state),
+        )
+    return recorded
+
+
+def verify_apart(folder: File) -> str:
+    """What `priorguide verify` says of the bundle in a process of its own. RuntimeError where it fails."""
+    command = [sys.executable, "-m", "priorguide.train.cli", "verify", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the bundle does not reproduce its pictures: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout.strip()

@@ -1,0 +1,181 @@
+"""Fine-tuning as a Lightning module: drop-out, a noisy x_t, the prediction's own target, a weighted square."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from ..sample.model import Condition, DiffusionModel
+from ..sample.noise import add_noise, like, weights
+from .objective import Density, Drop, check_table, draw_uniform, drop, min_snr_weight
+
+
+class FineTune(L.LightningModule):
+    """Fine-tunes a conditional diffusion model with condition drop-out.
+
+    Args:
+        model: the model to train; only its network changes.
+        drop: disjoint drop-out events in order, e.g. [{parts: [label], probability: 0.1}]; see `objective.drop`.
+        learning_rate: of AdamW, at its peak.
+        lr_multipliers: factors for parameters whose name contains the key, e.g. {class_embedding: 10}.
+        weight_decay, betas: of AdamW.
+        use_8bit_adam: bitsandbytes' AdamW8bit in place of torch's fused AdamW.
+        lr_scheduler: constant, or cosine down to zero over the run.
+        lr_warmup_steps: of linear warm-up.
+        snr_gamma: min-SNR weighting with this gamma; plain squared error if absent.
+        density: of the training times: uniform on the path, logit_normal or mode.
+        ema_decay: of the averaged network that validation, comparison and export use; 0 keeps none.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        drop: list[Drop] | None = None,
+        learning_rate: float = 1e-4,
+        lr_multipliers: dict[str, float] | None = None,
+        weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
+        use_8bit_adam: bool = False,
+        lr_scheduler: Literal["constant", "cosine"] = "constant",
+        lr_warmup_steps: int = 0,
+        snr_gamma: float | None = None,
+        density: Density = "uniform",
+        ema_decay: float = 0.9999,
+    ):
+        super().__init__()
+        self.table = list(drop or [])
+        check_table(self.table, model.ladder[-1] if model.ladder else frozenset())
+        self.model = model
+        model.requires_grad_(False)
+        model.network.requires_grad_(True)
+        self.average = copy.deepcopy(model.network).requires_grad_(False) if ema_decay else None
+        self.learning_rate, self.lr_multipliers = learning_rate, lr_multipliers or {}
+        self.weight_decay, self.betas, self.use_8bit_adam = weight_decay, betas, use_8bit_adam
+        self.lr_scheduler, self.lr_warmup_steps = lr_scheduler, lr_warmup_steps
+        self.snr_gamma, self.density, self.ema_decay = snr_gamma, density, ema_decay
+        self.strict_loading = False  # checkpoints hold no frozen network; `on_load_checkpoint` checks the rest
+        self.train()
+
+    def train(self, mode: bool = True) -> "FineTune":
+        """Only the network trains; frozen parts and the average stay in eval mode."""
+        super().train(mode)
+        for module in (*self.model.children(), self.average):
+            if module is not None and module is not self.model.network:
+                module.eval()
+        return self
+
+    # --- the objective
+
+    def loss(self, x_0: Tensor, condition: Condition, eps: Tensor, t: Tensor) -> Tensor:
+        """The weighted squared error (B,) of the prediction at x_t, t (B,), from x_0 and eps (B, *shape)."""
+        alpha, sigma = self.model.path.coefficients(t)
+        a, b = weights(self.model.prediction, alpha, sigma)
+        target = like(a, x_0) * x_0 + like(b, x_0) * eps
+        out = self.model.denoise(add_noise(x_0, eps, alpha, sigma), t, condition)
+        error = (out.float() - target.float()).square().flatten(1).mean(1)
+        if self.snr_gamma is None:
+            return error
+        return error * min_snr_weight(self.model.prediction, alpha, sigma, self.snr_gamma).to(error)
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        with torch.no_grad():
+            x_0, condition = self.model.encode(batch)
+            if self.table:
+                u = torch.rand(len(x_0), device=x_0.device)
+                condition = drop(condition, self.model.null(condition), self.table, u)
+        t = self.model.path.draw(draw_uniform(self.density, len(x_0), x_0.device))
+        loss = self.loss(x_0, condition, torch.randn_like(x_0), t).mean()
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    # --- validation: the same held-out noise every time, for the condition and for its null
+
+    def on_validation_epoch_start(self) -> None:
+        self._validating = self.averaged()
+        self._validating.__enter__()
+
+    def on_validation_epoch_end(self) -> None:
+        self._validating.__exit__(None, None, None)
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        x_0, condition = self.model.encode(batch)
+        generator = torch.Generator().manual_seed(batch_idx)
+        eps = torch.randn(x_0.shape, generator=generator).to(x_0)
+        u = (torch.arange(len(x_0)) + torch.rand(len(x_0), generator=generator)) / len(x_0)
+        t = self.model.path.draw(u[torch.randperm(len(u), generator=generator)].to(x_0.device))
+        self._log_validation("val/loss", x_0, condition, eps, t)
+        if self.table:
+            self._log_validation("val/loss_null", x_0, self.model.null(condition), eps, t)
+
+    def _log_validation(self, name: str, x_0: Tensor, condition: Condition, eps: Tensor, t: Tensor) -> None:
+        self.log(name, self.loss(x_0, condition, eps, t).mean(), batch_size=len(x_0), sync_dist=True)
+
+    # --- the average of the trained network
+
+    def on_train_start(self) -> None:
+        # One seed on all ranks would give them the same noise, times and drops.
+        if self.trainer.world_size > 1:
+            torch.manual_seed(torch.initial_seed() + self.global_rank)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.average is None or self.trainer.global_step == getattr(self, "_averaged_step", 0):
+            return
+        step = self._averaged_step = self.trainer.global_step
+        decay = min(self.ema_decay, (1 + step) / (10 + step))
+        with torch.no_grad():
+            live = [p.detach() for p in self.model.network.parameters()]
+            torch._foreach_lerp_(list(self.average.parameters()), live, 1 - decay)
+            for mean, buffer in zip(self.average.buffers(), self.model.network.buffers(), strict=True):
+                mean.copy_(buffer)
+
+    @contextmanager
+    def averaged(self) -> Iterator[DiffusionModel]:
+        """The model with its averaged network in place, in eval mode; no weight moves."""
+        live = self.model.network
+        self.model.network = live if self.average is None else self.average
+        modes = {module: module.training for module in self.model.network.modules()}
+        self.model.network.eval()
+        try:
+            yield self.model
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            self.model.network = live
+
+    # --- optimiser and checkpoint
+
+    def configure_optimizers(self) -> Any:
+        groups: dict[float, list[Tensor]] = {}
+        for name, parameter in self.model.network.named_parameters():
+            factor = next((f for key, f in self.lr_multipliers.items() if key in name), 1.0)
+            groups.setdefault(factor, []).append(parameter)
+        parameters = [{"params": p, "lr": self.learning_rate * factor} for factor, p in groups.items()]
+        options = {"lr": self.learning_rate, "betas": self.betas, "weight_decay": self.weight_decay}
+        if self.use_8bit_adam:
+            from bitsandbytes.optim import AdamW8bit
+
+            optimizer: torch.optim.Optimizer = AdamW8bit(parameters, **options)
+        else:
+            optimizer = torch.optim.AdamW(parameters, fused=True, **options)
+        from diffusers.optimization import get_scheduler
+
+        name = "constant_with_warmup" if self.lr_scheduler == "constant" else self.lr_scheduler
+        total = int(self.trainer.estimated_stepping_batches)
+        schedule = get_scheduler(name, optimizer, num_warmup_steps=self.lr_warmup_steps, num_training_steps=total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {k: v for k, v in state.items() if k.startswith(("model.network.", "average."))}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        found = checkpoint["state_dict"].keys()
+        wanted = {k for k in self.state_dict() if k.startswith(("model.network.", "average."))}
+        if missing := sorted(wanted - found):
+            raise ValueError(f"the checkpoint lacks {len(missing)} of the network's tensors, {missing[0]} for one")
+        if extra := sorted(found - wanted):
+            raise ValueError(f"the checkpoint holds {len(extra)} tensors that the model has not, {extra[0]} for one")

@@ -73,7 +73,7 @@ class PriorComparison(L.Callback):
         self.history: list[dict[str, Any]] = []
         self.skipped: list[int] = []
         self._last_step = -1
-        self._seconds = 0.0
+        self.seconds = 0.0
         for module in (metric_network, *priors.values()):
             if module is not None:
                 module.requires_grad_(False).eval()
@@ -81,7 +81,7 @@ class PriorComparison(L.Callback):
     # --- when
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._started, self._seconds = time.perf_counter(), 0.0
+        self._started, self.seconds = time.perf_counter(), 0.0
         for guidance in self.candidates(pl_module.model).values():  # type: ignore[arg-type]
             guidance.check(pl_module.model)  # type: ignore[arg-type]
 
@@ -104,13 +104,13 @@ class PriorComparison(L.Callback):
             batch = data.held_out(self.num_pictures)
             write_comparison(File(trainer.default_root_dir) / "compare", step, evaluation, batch)
             log_comparison(trainer.loggers, step, evaluation, batch)
-        self._seconds += time.perf_counter() - start
+        self.seconds += time.perf_counter() - start
 
     def _over_budget(self, trainer: L.Trainer) -> bool:
         if self.max_overhead is None:
             return False
-        training = time.perf_counter() - self._started - self._seconds
-        over = self._seconds > self.max_overhead * training
+        training = time.perf_counter() - self._started - self.seconds
+        over = self.seconds > self.max_overhead * training
         return bool(trainer.strategy.broadcast(over))
 
     # --- what
@@ -144,7 +144,7 @@ class PriorComparison(L.Callback):
             batch = data.held_out(n)
             mine = _share(n, rank, world)
             part = to_device({k: v[mine] if isinstance(v, Tensor) else v for k, v in batch.items()}, device)
-            condition = model.encode(part)[1]
+            condition = model.encode_condition(part)
             seeds = [self.seed + int(i) for i in mine]
             pictures = compare(
                 model, condition, seeds, candidates, self.sampler, batch_size=self.batch_size, on_step=on_step
@@ -157,7 +157,7 @@ class PriorComparison(L.Callback):
                 network=self.metric_network,  # type: ignore[arg-type]
                 reference=data.reference(self.num_reference, offset=n),
                 target=batch.get("pixels") if self.has_target else None,
-                label=batch.get("label"),
+                label=batch.get("class", batch.get("label")),
                 rule=self.rule if full else None,
                 costs=costs,
                 floor=batch.get("pixels") if full else None,

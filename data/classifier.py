@@ -18,19 +18,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .fashion import FOLDER, read_idx_pair
+from .images import fit
 
 TRAINED_ON = slice(45_000, 60_000)
+RESOLUTION = 16
 
 
 class GarmentClassifier(nn.Module):
-    """Three convolutions with batch norm, 64 features, 10 classes, on 32x32 grey pictures (28x28 padded with zeros)."""
+    """Three convolutions with batch norm, 64 features, 10 classes, on grey pictures of RESOLUTION a side."""
 
     def __init__(self) -> None:
         super().__init__()
         stages = []
         for inside, outside in ((1, 16), (16, 32), (32, 64)):
             stages += [nn.Conv2d(inside, outside, 3, padding=1, bias=False), nn.BatchNorm2d(outside), nn.ReLU()]
-            stages += [nn.MaxPool2d(2)]
+            stages += [nn.MaxPool2d(2)] if outside < 64 else []
         self.body = nn.Sequential(*stages, nn.Flatten(), nn.Dropout(0.2))
         self.project = nn.Sequential(nn.Linear(64 * 4 * 4, 64, bias=False), nn.BatchNorm1d(64))  # else units die
         self.classify = nn.Sequential(nn.Dropout(0.2), nn.Linear(64, 10))
@@ -43,9 +45,9 @@ class GarmentClassifier(nn.Module):
         return model.eval().requires_grad_(False)
 
     def features(self, pixels: Tensor) -> Tensor:
-        """(B, 64), not negative and unbounded, from pixels (B, 1, 32, 32) in [0, 1]. ValueError for another shape."""
-        if pixels.ndim != 4 or pixels.shape[1:] != (1, 32, 32):
-            raise ValueError(f"pixels must have shape (B, 1, 32, 32), got {tuple(pixels.shape)}")
+        """(B, 64), not negative and unbounded, from pixels (B, 1, 16, 16) in [0, 1]. ValueError for another shape."""
+        if pixels.ndim != 4 or pixels.shape[1:] != (1, RESOLUTION, RESOLUTION):
+            raise ValueError(f"pixels must have shape (B, 1, 16, 16), got {tuple(pixels.shape)}")
         return F.relu(self.project(self.body((pixels - 0.22) / 0.33)))  # the training images' mean and deviation
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -54,7 +56,7 @@ class GarmentClassifier(nn.Module):
 
 
 def train(images: Tensor, labels: Tensor, steps: int, batch_size: int = 128, seed: int = 0) -> GarmentClassifier:
-    """From scratch, on images (N, 1, 32, 32) uint8 flipped at random; AdamW, one cycle."""
+    """From scratch, on images (N, 1, 16, 16) uint8 flipped at random; AdamW, one cycle."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = GarmentClassifier().train()
@@ -77,7 +79,7 @@ def train(images: Tensor, labels: Tensor, steps: int, batch_size: int = 128, see
 
 @torch.no_grad()
 def accuracy(model: GarmentClassifier, images: Tensor, labels: Tensor) -> float:
-    """The share of images (N, 1, 32, 32) uint8 whose class is found."""
+    """The share of images (N, 1, 16, 16) uint8 whose class is found."""
     guesses = [model(batch.float() / 255).argmax(1) for batch in images.split(500)]
     return (torch.cat(guesses) == labels).double().mean().item()
 
@@ -100,19 +102,19 @@ def main() -> None:
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
     begun = time.process_time()
-    padded = F.pad(images[TRAINED_ON], (2, 2, 2, 2))
-    model = train(padded, labels[TRAINED_ON], arguments.steps, seed=arguments.seed)
+    model = train(fit(images[TRAINED_ON], RESOLUTION, pad=True), labels[TRAINED_ON], arguments.steps, seed=arguments.seed)
     settings = f"--steps {arguments.steps} --seed {arguments.seed}"
     record = {
         "command": f"python -m priorguide.data.classifier --idx FOLDER {settings}",
         "seed": arguments.seed,
         "images": f"train {TRAINED_ON.start}:{TRAINED_ON.stop}",
-        "test_accuracy": accuracy(model, F.pad(test_images, (2, 2, 2, 2)), test_labels),
+        "test_accuracy": accuracy(model, fit(test_images, RESOLUTION, pad=True), test_labels),
         "seconds_on_one_thread": round(time.process_time() - begun, 1),
         "torch": torch.__version__,
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), temporary := arguments.out / "classifier.tmp")
+    temporary.chmod(0o644)  # safetensors writes 0600
     os.replace(temporary, arguments.out / "classifier.safetensors")
     (temporary := arguments.out / "record.tmp").write_text(json.dumps(record, indent=2) + "\n")
     os.replace(temporary, arguments.out / "classifier.json")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from . import fashion
 from .images import UNREADABLE, decode, fit
@@ -72,8 +72,13 @@ class FileImages(Dataset):
         settings = (self.resolution, self.channels, self.max_bad_images)
         return FileImages(self.pictures, self.labels, self.texts, *settings, rows=self.rows[rows])
 
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
-        found = [self._read(int(index)) for index in indices]
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        try:
+            found = [self._read(int(index)) for index in indices]
+        except BadImages as error:
+            if get_worker_info() is None:
+                raise
+            return error  # `Loader` raises it: torch would bury its sentence in the worker's traceback
         rows = self.rows[[index for index, _ in found]]
         batch: dict[str, Any] = {"pixels": torch.stack([pixels for _, pixels in found]).float() / 255}
         if self.labels is not None:

@@ -60,6 +60,22 @@ class Reference:
         return _moments(self.features)
 
     @cached_property
+    def standard(self) -> tuple[Tensor, Tensor]:
+        """The mean (D,), and one scale: the root of the mean variance. ValueError where all samples are equal."""
+        scale = self.features.var(0).mean().sqrt()
+        if scale == 0:
+            raise ValueError("the reference features are all equal; check the metric network and its pictures")
+        return self.features.mean(0), scale
+
+    @cached_property
+    def standardised(self) -> "Reference":
+        return Reference(self.standardise(self.features))
+
+    def standardise(self, features: Tensor) -> Tensor:
+        mean, scale = self.standard
+        return (features - mean) / scale
+
+    @cached_property
     def within(self) -> "_Pairs":
         return _pairs([(self.features, 1)], None)
 
@@ -181,26 +197,38 @@ def _kernel_distance(sets: Sequence[tuple[Tensor, int]], reference: Reference, o
     return Estimate(value, math.sqrt(max(variance - second, second)))
 
 
-def kernel_distance(a: Tensor, reference: Tensor | Reference) -> Estimate:
+def kernel_distance(a: Tensor, reference: Tensor | Reference, standardise: bool = True) -> Estimate:
     """KID: the unbiased squared MMD between a (N, D) and the reference (M, D), kernel (x.y / D + 1)^3.
 
     Bińkowski et al. 2018 (arXiv 1801.01401, eq. 4), over all samples at once. Not multiplied by 1,000, as some papers
     print it. Expected to be 0 for equal distributions, so that it may be below.
+    standardise: in features less the reference's mean, over its one scale. The kernel takes features of about unit
+    size, as Inception's are: in larger ones its cube is ruled by a few samples, and differences drown. False gives
+    the published number.
     """
-    reference = Reference.of(reference)
-    return _kernel_distance([(reference.match(a), 1)], reference, reference.within)
+    reference, (a,) = _placed(Reference.of(reference), standardise, a)
+    return _kernel_distance([(a, 1)], reference, reference.within)
 
 
-def kernel_distance_difference(a: Tensor, b: Tensor, reference: Tensor | Reference) -> Estimate:
+def kernel_distance_difference(
+    a: Tensor, b: Tensor, reference: Tensor | Reference, standardise: bool = True
+) -> Estimate:
     """KID of a less KID of b, both (N, D), the i-th rows of which share a condition: below 0, a is nearer.
 
     The reference's own term cancels, and the error counts what a_i and b_i have in common. Exactly 0 where a is b.
+    standardise: as in `kernel_distance`.
     """
-    reference = Reference.of(reference)
-    a, b = reference.match(a), reference.match(b)
     if len(a) != len(b):
         raise ValueError(f"the two sets must share their conditions, got {len(a)} and {len(b)} samples")
+    reference, (a, b) = _placed(Reference.of(reference), standardise, a, b)
     return _kernel_distance([(a, 1), (b, -1)], reference, None)
+
+
+def _placed(reference: Reference, standardise: bool, *sets: Tensor) -> tuple[Reference, list[Tensor]]:
+    matched = [reference.match(features) for features in sets]
+    if not standardise:
+        return reference, matched
+    return reference.standardised, [reference.standardise(features) for features in matched]
 
 
 # Density and coverage

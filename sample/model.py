@@ -15,7 +15,7 @@ Condition = dict[str, Tensor]
 class DiffusionModel(nn.Module, ABC):
     """A conditional diffusion model: all that training, sampling, comparison and bundles need to know of one.
 
-    A subclass sets the attributes below and defines `encode`, `null`, `denoise`, `decode`, `config`, `tiny`.
+    A subclass sets the attributes below and defines `encode_pixels`, `encode_condition`, `null`, `denoise`, `decode`, `config`, `tiny`.
     """
 
     network_name: ClassVar[str] = "unet"
@@ -32,9 +32,24 @@ class DiffusionModel(nn.Module, ABC):
     space: str
     """Names what x_0 means (the autoencoder and its scale): predictions mix only within one space."""
 
-    @abstractmethod
+    def train(self, mode: bool = True) -> Self:
+        """Only the network ever trains: every other module stays in eval mode."""
+        super().train(False)
+        self.training = mode
+        self.network.train(mode)
+        return self
+
     def encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
         """A batch of data as (x_0 (B, *shape), condition). Pixels come as "pixels" (B, C, H, W) in [0, 1]."""
+        return self.encode_pixels(batch["pixels"]), self.encode_condition(batch)
+
+    @abstractmethod
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, C, H, W) in [0, 1] as x_0 (B, *shape)."""
+
+    @abstractmethod
+    def encode_condition(self, batch: Mapping[str, Any]) -> Condition:
+        """The condition of a batch of data, which needs no pixels of its own to be there."""
 
     @abstractmethod
     def null(self, condition: Condition) -> Condition:
@@ -81,7 +96,7 @@ class DiffusionModel(nn.Module, ABC):
         return network_class.from_pretrained(folder, use_safetensors=True, local_files_only=True)
 
     def read_condition(self, **values: str) -> dict[str, Any]:
-        """A batch of one from the command line's `--condition name=value`; whole numbers are labels, the rest paths of
+        """A batch of one, to be encoded, from the command line's `--condition name=value`; whole numbers are labels, the rest paths of
         pictures. ValueError for a name that the model does not have."""
         import torch
 

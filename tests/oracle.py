@@ -59,8 +59,11 @@ class Mixture(DiffusionModel):
         eps = (odds * sigma / variance * off).sum(1)
         return x_0[..., None, None], eps[..., None, None]
 
-    def encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
-        return batch["pixels"] * 8 - 4, {"label": batch["label"]}
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        return pixels * 8 - 4
+
+    def encode_condition(self, batch: Mapping[str, Any]) -> Condition:
+        return {"label": batch["label"]}
 
     def null(self, condition: Condition) -> Condition:
         return {"label": torch.full_like(condition.get("label", torch.zeros(1, dtype=torch.long)), len(self.means))}
@@ -101,8 +104,11 @@ class TwoRungs(DiffusionModel):
         self.path, self.prediction = path or DiscretePath.linear(), prediction
         self.rows: list[int] = []
 
-    def encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
-        return batch["pixels"] * 2 - 1, {name: batch[name] for name in ("text", "image")}
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        return pixels * 2 - 1
+
+    def encode_condition(self, batch: Mapping[str, Any]) -> Condition:
+        return {name: batch[name] for name in ("text", "image")}
 
     def null(self, condition: Condition) -> Condition:
         empty = {"text": torch.zeros(1, 3), "image": torch.zeros(1, *self.shape)}

@@ -79,7 +79,7 @@ def export(
     with fine_tune.averaged() as model:
         guidance: Guidance = callback.candidates(model, [wanted])[name, wanted]
         batch = cli.datamodule.held_out(RECORDED_PICTURES)  # type: ignore[attr-defined]
-        condition = model.encode(batch)[1]
+        condition = model.encode_condition(batch)
         seeds = [callback.seed + i for i in range(RECORDED_PICTURES)]
         recorded = Recorded.draw(model, condition, seeds, guidance, callback.sampler)
         Bundle.save(

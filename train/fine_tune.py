@@ -61,11 +61,10 @@ class FineTune(L.LightningModule):
         self.train()
 
     def train(self, mode: bool = True) -> "FineTune":
-        """Only the network trains; frozen parts and the average stay in eval mode."""
+        """The average stays in eval mode, and so does all of the model but its network."""
         super().train(mode)
-        for module in (*self.model.children(), self.average):
-            if module is not None and module is not self.model.network:
-                module.eval()
+        if self.average is not None:
+            self.average.eval()
         return self
 
     # --- the objective

@@ -23,8 +23,8 @@ def sample(args: argparse.Namespace) -> int:
     else:
         seeds = parse_seeds(args.seeds)
         values = dict(pair.partition("=")[::2] for pair in args.condition)
-        batch = bundle.model.read_condition(**values)
-        condition = {name: part.expand(len(seeds), *part.shape[1:]) for name, part in batch.items()}
+        one = bundle.model.encode_condition(bundle.model.read_condition(**values))
+        condition = {name: part.expand(len(seeds), *part.shape[1:]) for name, part in one.items()}
     scales = parse_scales(args.scale)
     pixels = bundle.sample(condition, seeds, scales=scales[0] if scales else None, steps=args.steps)
     aside = out.with_name(f".{out.name}.{os.getpid()}")

@@ -93,7 +93,7 @@ class DiT(DiffusionModel):
         state = base.network.state_dict()
         rows = state["y_embedder.embedding_table.weight"]
         spread = row_std * torch.randn(num_classes, rows.shape[1])
-        state["y_embedder.embedding_table.weight"] = torch.cat([rows[-1:] + spread.to(rows), rows[:1]])
+        state["y_embedder.embedding_table.weight"] = torch.cat([rows[-1:] + spread.to(rows), rows[-1:]])
         network.load_state_dict(state)
         return cls(network.to(rows), base.vae, base.space)
 
@@ -155,13 +155,15 @@ class DiT(DiffusionModel):
             self.vae.eval()
         return self
 
-    def encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Latents are drawn from the autoencoder's posterior while training, and are its mode otherwise."""
-        pixels = batch["pixels"]
         x_0 = pixels * 2 - 1 if self._in_pixels() else to_latents(self.vae, pixels, draw=self.training)
         if x_0.shape[1:] != self.shape:
             raise ValueError(f"the pictures make x_0 of shape {tuple(x_0.shape[1:])}, the network takes {self.shape}")
-        return x_0, {name: batch[name] for name in self.ladder[0]}
+        return x_0
+
+    def encode_condition(self, batch: Mapping[str, Any]) -> Condition:
+        return {name: batch[name] for name in self.ladder[0]}
 
     def null(self, condition: Condition) -> Condition:
         if not self.num_classes:

@@ -17,7 +17,7 @@ class PixelUNet(DiffusionModel):
     """Pixels in [-1, 1], folded (space to depth) so that a few channels see a whole picture; cosine path.
 
     Condition parts: "label" (B,) in [0, num_classes), null num_classes, the last class row; and "image"
-    (B, image_channels, H, W) in [0, 1], concatenated to the input, null the zero picture. A model has either, both
+    (B, image_channels, H, W) in [-1, 1], concatenated to the input, null the zero (mid-grey) picture. A model has either, both
     (one rung: both are kept or both dropped) or neither.
     """
 
@@ -119,9 +119,11 @@ class PixelUNet(DiffusionModel):
             "prediction": self.prediction,
         }
 
-    def encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
-        x_0 = F.pixel_unshuffle(batch["pixels"] * 2 - 1, self.fold)
-        return x_0, {name: batch[name] for name in self.parts}
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        return F.pixel_unshuffle(pixels * 2 - 1, self.fold)
+
+    def encode_condition(self, batch: Mapping[str, Any]) -> Condition:
+        return {name: batch[name] * 2 - 1 if name == "image" else batch[name] for name in self.parts}
 
     def null(self, condition: Condition) -> Condition:
         parts = {}

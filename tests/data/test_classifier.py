@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 from priorguide.data import fashion
-from priorguide.data.classifier import GarmentClassifier, accuracy, train
-from torch.nn import functional as F
+from priorguide.data.classifier import RESOLUTION, GarmentClassifier, accuracy, train
+from priorguide.data.images import fit
 
 
 @pytest.fixture(scope="module")
 def shown():
     images, labels = fashion.read_parquet("test")
-    return F.pad(images, (2, 2, 2, 2))[:2000], labels[:2000]
+    return fit(images[:2000], RESOLUTION, pad=True), labels[:2000]
 
 
 def test_pretrained_accuracy_and_record(shown):
@@ -32,14 +32,14 @@ def test_features_are_alive(shown):
 
 
 def test_wrong_shape_is_refused():
-    for shape in ((2, 1, 28, 28), (2, 3, 32, 32), (1, 32, 32)):
+    for shape in ((2, 1, 28, 28), (2, 3, RESOLUTION, RESOLUTION), (1, RESOLUTION, RESOLUTION)):
         with pytest.raises(ValueError, match="pixels must have shape"):
             GarmentClassifier().features(torch.zeros(shape))
 
 
 def test_training_learns_is_repeatable_and_leaves_the_global_generator_alone():
     images, labels = (part[:600] for part in fashion.read_parquet("train"))
-    images = F.pad(images, (2, 2, 2, 2))
+    images = fit(images, RESOLUTION, pad=True)
     before = torch.random.get_rng_state()
     first, second = (train(images, labels, steps=15, batch_size=64) for _ in range(2))
     assert torch.equal(before, torch.random.get_rng_state())

@@ -287,6 +287,7 @@ def test_lightning_resumes_in_mid_epoch(folder, tmp_path, stop):
     assert whole[:6] != whole[6:12], "each epoch has its own order"
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_configured_by_lightning_cli(tmp_path):
     from jsonargparse import ArgumentParser
 

@@ -135,7 +135,7 @@ def test_replay_uses_and_restores_the_thread_count(copy, monkeypatch):
 
     monkeypatch.setattr(Bundle, "sample", sample)
     assert not Bundle.load(copy).replay().identical
-    assert seen == [(before + 1, [5, 6], 3)] and torch.get_num_threads() == before
+    assert seen == [(before + 1, (5, 6), 3)] and torch.get_num_threads() == before
 
 
 def test_replay_sees_other_pictures_and_another_environment(copy):

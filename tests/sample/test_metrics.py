@@ -59,7 +59,7 @@ def test_kernel_distance_is_torchmetrics():
     peer = KernelInceptionDistance(feature=Pass(), subsets=1, subset_size=200, normalize=True).set_dtype(torch.float64)
     peer.update(b[..., None, None], real=True)
     peer.update(a[..., None, None], real=False)
-    assert kernel_distance(a, b).value == pytest.approx(peer.compute()[0].item(), rel=1e-4)
+    assert kernel_distance(a, b, standardise=False).value == pytest.approx(peer.compute()[0].item(), rel=1e-4)
 
 
 def with_moments(mean: Tensor, factor: Tensor, count: int) -> Tensor:
@@ -113,8 +113,10 @@ def brute_difference(a: Tensor, b: Tensor, y: Tensor) -> float:
 
 def test_kernel_difference_by_definition():
     a, b, y = skewed(9, 4, 1), skewed(9, 4, 2, 0.2), skewed(7, 4, 3)
+    assert kernel_distance_difference(a, b, y, standardise=False).value == pytest.approx(brute_difference(a, b, y))
     difference = kernel_distance_difference(a, b, y)
-    assert difference.value == pytest.approx(brute_difference(a, b, y))
+    placed = [(x - y.mean(0)) / y.var(0).mean().sqrt() for x in (a, b, y)]
+    assert difference.value == pytest.approx(brute_difference(*placed))
     assert difference.value == pytest.approx(kernel_distance(a, y).value - kernel_distance(b, y).value)
     same = kernel_distance_difference(a, a, y)
     assert (same.value, same.error) == (0, 0)
@@ -124,7 +126,15 @@ def test_kernel_difference_over_many_blocks_is_the_same_as_over_one():
     a, b, y = skewed(700, 5, 1), skewed(700, 5, 2, 0.1), skewed(300, 5, 3)
     k = [[(u @ v.T / 5 + 1) ** 3 for v in (u, y)] for u in (a, b)]
     off = [(own.sum() - own.trace()) / (700 * 699) - 2 * cross.mean() for own, cross in k]
-    assert kernel_distance_difference(a, b, y).value == pytest.approx((off[0] - off[1]).item())
+    assert kernel_distance_difference(a, b, y, standardise=False).value == pytest.approx((off[0] - off[1]).item())
+
+
+def test_kernel_distance_is_free_of_the_features_scale_and_origin():
+    a, b, y = skewed(50, 4, 1), skewed(50, 4, 2, 0.2), skewed(60, 4, 3)
+    found, moved = kernel_distance_difference(a, b, y), kernel_distance_difference(5 * a + 3, 5 * b + 3, 5 * y + 3)
+    assert (moved.value, moved.error) == pytest.approx((found.value, found.error))
+    with pytest.raises(ValueError, match="all equal"):
+        kernel_distance(a, torch.ones(5, 4))
 
 
 def test_kernel_error_against_a_jackknife():
@@ -135,8 +145,8 @@ def test_kernel_error_against_a_jackknife():
         return (len(values) - 1) * torch.tensor(values, dtype=torch.float64).var(correction=0).item()
 
     for value in (
-        lambda a, b, y: kernel_distance_difference(a, b, y),
-        lambda a, b, y: kernel_distance(a, y),
+        lambda a, b, y: kernel_distance_difference(a, b, y, standardise=False),
+        lambda a, b, y: kernel_distance(a, y, standardise=False),
     ):
         over_pairs = [value(a[everyone[:120] != i], b[everyone[:120] != i], y).value for i in range(120)]
         over_reference = [value(a, b, y[everyone != j]).value for j in range(150)]

@@ -18,8 +18,12 @@ class World:
 
     def __init__(self, seed: int):
         self.generator = torch.Generator().manual_seed(seed)
-        self.means = self.normal(3, self.width) + 0.5
+        self.means = self.normal(3, self.width)
         self.mix = self.normal(5, self.width)
+        # Standard features: what the statistic does with the sample's mean and scale is then known.
+        self.means -= self.means.mean(0)
+        variance = self.means.square().mean() + self.mix.square().sum(0).mean() + 0.04
+        self.means, self.mix, self.noise = (x / variance.sqrt() for x in (self.means, self.mix, 0.2))
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
@@ -31,11 +35,11 @@ class World:
         """Features under the conditions, half of the variation the sample's own."""
         kind, common = conditions
         z = (common + self.normal(len(kind), 5)) / math.sqrt(2)
-        return self.means[kind] + shift + scale * z @ self.mix + 0.2 * self.normal(len(kind), self.width)
+        return self.means[kind] + shift + scale * z @ self.mix + self.noise * self.normal(len(kind), self.width)
 
     def moments(self, shift: float = 0, scale: float = 1) -> list[Tensor]:
         """E x, E x x^T, E x x x of `draw`."""
-        covariance = scale**2 * self.mix.T @ self.mix + 0.04 * torch.eye(self.width, dtype=torch.float64)
+        covariance = scale**2 * self.mix.T @ self.mix + self.noise**2 * torch.eye(self.width, dtype=torch.float64)
         found = []
         for mean in self.means + shift:
             outer = torch.einsum("i,jk->ijk", mean, covariance)

@@ -66,7 +66,8 @@ class PriorComparison(L.Callback):
                 f"every_n_steps and num_conditions must be at least 1, got {every_n_steps} and {num_conditions}"
             )
         self.priors, self.scales, self.sampler = priors, scales, sampler or Sampler()
-        self.every_n_steps, self.num_conditions, self.num_pictures = every_n_steps, num_conditions, num_pictures
+        self.every_n_steps, self.num_conditions = every_n_steps, num_conditions
+        self.num_pictures = min(num_pictures, num_conditions)
         self.num_reference, self.batch_size, self.seed = num_reference, batch_size, seed
         self.metric_network, self.rule = metric_network, rule or Rule()
         self.interval, self.has_target, self.max_overhead = interval, has_target, max_overhead
@@ -80,10 +81,12 @@ class PriorComparison(L.Callback):
 
     # --- when
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.check(pl_module.model)  # type: ignore[arg-type]
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started, self.seconds = time.perf_counter(), 0.0
-        for guidance in self.candidates(pl_module.model).values():  # type: ignore[arg-type]
-            guidance.check(pl_module.model)  # type: ignore[arg-type]
+        self._last_step = trainer.global_step  # a run that resumes has compared there already
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -120,6 +123,11 @@ class PriorComparison(L.Callback):
         bound = {name: unconditional(base, onto=model) if base else None for name, base in self.priors.items()}
         return arms(bound, scales or self.scales, {"interval": self.interval})
 
+    def check(self, model: DiffusionModel) -> None:
+        """ValueError unless every candidate fits the model, and the scales its ladder."""
+        for guidance in self.candidates(model).values():
+            guidance.check(model)
+
     def evaluate(
         self,
         pl_module: L.LightningModule,
@@ -151,6 +159,10 @@ class PriorComparison(L.Callback):
             )
             if world > 1:
                 pictures = _gather(pl_module, pictures, n, world)
+            if not all(images.isfinite().all() for images in pictures.values()):
+                raise ValueError(
+                    "the pictures are no longer finite: lower the learning rate, or clip gradients"
+                )
             costs = costs_of(model, condition, candidates, self.sampler, self.batch_size) if full else None
             return judge(
                 pictures,
@@ -167,7 +179,7 @@ class PriorComparison(L.Callback):
     def _on(self, device: torch.device) -> Iterator[None]:
         """Priors and metric network on the device, and back."""
         guests = [m for m in (self.metric_network, *self.priors.values()) if m is not None]
-        homes = [next(m.parameters()).device for m in guests]
+        homes = [next((p.device for p in m.parameters()), device) for m in guests]
         try:
             for module in guests:
                 module.to(device)
@@ -195,6 +207,6 @@ def _gather(pl_module: L.LightningModule, pictures: dict[Arm, Tensor], n: int, w
     gathered: dict[int, Tensor] = {}
     for mine in pictures.values():
         if id(mine) not in gathered:
-            shares = pl_module.all_gather(mine.to(pl_module.device))  # (world, share, C, H, W)
+            shares: Any = pl_module.all_gather(mine.to(pl_module.device))  # (world, share, C, H, W)
             gathered[id(mine)] = shares.transpose(0, 1).flatten(0, 1)[:n].cpu()
     return {arm: gathered[id(mine)] for arm, mine in pictures.items()}

@@ -1,5 +1,6 @@
 """What a comparison leaves on disk: panels as PNG, metrics as JSON Lines, the full record as JSON."""
 
+import io
 import json
 import os
 from pathlib import Path as File
@@ -49,9 +50,8 @@ def comparison_panel(evaluation: Evaluation, batch: dict[str, Any]) -> Any:
 
 def write_comparison(folder: File, step: int, evaluation: Evaluation, batch: dict[str, Any]) -> None:
     """`panel-<step>.png`, and one line of metrics.jsonl, in the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f".panel-{step:08d}.png"
-    comparison_panel(evaluation, batch).save(aside)
-    os.replace(aside, folder / f"panel-{step:08d}.png")
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"step": step, "rows": evaluation.rows()}) + "\n")
+    comparison_panel(evaluation, batch).save(png := io.BytesIO(), "PNG")
+    write_whole(folder / f"panel-{step:08d}.png", png.getvalue())
+    lines = folder / "metrics.jsonl"
+    earlier = lines.read_text() if lines.exists() else ""
+    write_whole(lines, earlier + json.dumps({"step": step, "rows": evaluation.rows()}) + "\n")

@@ -42,7 +42,7 @@ def read_checkpoint(path: str | File) -> dict[str, Any]:
             # Mapped, so that an optimiser's state beside the weights is never read.
             held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except _UNREADABLE as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is not a whole checkpoint of tensors and plain values: {reason}") from error
     if not isinstance(held, dict):
         raise ValueError(f"{path} must hold a dictionary of tensors, found {type(held).__name__}")

@@ -52,7 +52,8 @@ def compare(
     unique: dict[object, Guidance] = {}
     same = {}
     for arm, guidance in candidates.items():
-        key = ("no prior", guidance.scales, guidance.rescale) if guidance.scales[0] == 1 else arm
+        how = (guidance.scales, guidance.interval, guidance.rescale, guidance.guider)
+        key = how if guidance.scales[0] == 1 else arm
         same[arm] = key
         unique.setdefault(key, guidance)
     chunks = range(0, len(seeds), batch_size)

@@ -142,11 +142,12 @@ def _jackknife(values: Tensor) -> float:
 class _Pairs:
     """Sums of a kernel matrix K, or of a difference of such, without the diagonal where a set meets itself."""
 
-    count: int  # the entries that count
     rows: Tensor  # mean of each row
     columns: Tensor  # mean of each column
     mean: float
     interaction: float  # variance of what is left of K without its row and column means
+    shift: Tensor  # (D,) the mean's derivative where all features are moved
+    stretch: float  # and where all are multiplied by 1 + d
 
 
 def _pairs(sets: Sequence[tuple[Tensor, int]], other: Tensor | None) -> _Pairs:
@@ -157,14 +158,19 @@ def _pairs(sets: Sequence[tuple[Tensor, int]], other: Tensor | None) -> _Pairs:
     n, d = sets[0][0].shape
     m = n if other is None else len(other)
     row_sums, column_sums, squares = [], torch.zeros(m, dtype=torch.float64), 0.0
-    for start in range(0, n, 256):
-        rows = slice(start, min(start + 256, n))
+    shift, stretch = torch.zeros(d, dtype=torch.float64), 0.0
+    for start in range(0, n, 128):
+        rows = slice(start, min(start + 128, n))
         block = torch.zeros(rows.stop - start, m, dtype=torch.float64)
         for x, sign in sets:
-            k = (x[rows] @ (x if other is None else other).T).div_(d).add_(1)
-            block.add_(k * k * k, alpha=sign)
-        if other is None:
-            block.diagonal(start).zero_()
+            y = x if other is None else other
+            root = (x[rows] @ y.T).div_(d).add_(1)
+            if other is None:
+                root.diagonal(start).zero_()
+            slope = root * root  # k = root^3, so dk = 3 slope d(x.y) / D
+            block += sign * (k := slope * root)
+            shift += sign * 3 / d * (slope.sum(1) @ x[rows] + slope.sum(0) @ y)
+            stretch += sign * 6 * (k.sum() - slope.sum()).item()
         row_sums.append(block.sum(1))
         column_sums += block.sum(0)
         squares += block.square().sum().item()
@@ -172,16 +178,20 @@ def _pairs(sets: Sequence[tuple[Tensor, int]], other: Tensor | None) -> _Pairs:
     count, per_row, per_column = (n * (n - 1), n - 1, n - 1) if other is None else (n * m, m, n)
     row_means, column_means, mean = sums / per_row, column_sums / per_column, sums.sum().item() / count
     between = row_means.var(correction=0).item() + column_means.var(correction=0).item()
-    return _Pairs(count, row_means, column_means, mean, max(squares / count - mean**2 - between, 0.0))
+    interaction = max(squares / count - mean**2 - between, 0.0)
+    return _Pairs(row_means, column_means, mean, interaction, shift / count, stretch / count)
 
 
-def _kernel_distance(sets: Sequence[tuple[Tensor, int]], reference: Reference, own: _Pairs | None) -> Estimate:
+def _kernel_distance(
+    sets: Sequence[tuple[Tensor, int]], reference: Reference, own: _Pairs | None, standardised: bool
+) -> Estimate:
     """sum_s sign_s MMD^2(x_s, reference), unbiased, and its standard error; `own` is the reference's own term, if any.
 
     With W the kernel among the sets, C to the reference and V within it, the value is mean W - 2 mean C + mean V, a
     U-statistic. Its first-order influences are 2 (W_i. - C_i.) over the rows of the sets, which go together, and
     2 (V_j. - C_.j) over the reference (Hoeffding 1948); the sample variances of these, over N and M, count the
     second-order part, 2 var W / N^2 + 4 var C / NM + 2 var V / M^2 of the residuals, twice, so it is taken off once.
+    Where the reference also gave the features' origin and scale (`standardised`), its samples act through these too.
     """
     among, across = _pairs(sets, None), _pairs(sets, reference.features)
     n, m = len(across.rows), len(across.columns)
@@ -189,10 +199,15 @@ def _kernel_distance(sets: Sequence[tuple[Tensor, int]], reference: Reference, o
     over_reference = -2 * across.columns
     value = among.mean - 2 * across.mean
     second = 2 * among.interaction / n**2 + 4 * across.interaction / (n * m)
+    shift, stretch = among.shift - 2 * across.shift, among.stretch - 2 * across.stretch
     if own is not None:
         value += own.mean
         over_reference = over_reference + 2 * own.rows
         second += 2 * own.interaction / m**2
+        shift, stretch = shift + own.shift, stretch + own.stretch
+    if standardised:
+        y = reference.features
+        over_reference = over_reference - y @ shift - stretch * (y.square().mean(1) - 1) / 2
     variance = over_sets.var().item() / n + over_reference.var().item() / m
     return Estimate(value, math.sqrt(max(variance - second, second)))
 
@@ -204,10 +219,11 @@ def kernel_distance(a: Tensor, reference: Tensor | Reference, standardise: bool 
     print it. Expected to be 0 for equal distributions, so that it may be below.
     standardise: in features less the reference's mean, over its one scale. The kernel takes features of about unit
     size, as Inception's are: in larger ones its cube is ruled by a few samples, and differences drown. False gives
-    the published number.
+    the published number. Since the reference gives its own origin, a bias of order 1 / M remains: in simulations with
+    M = 1,000 and N = 500 a tenth of a standard error at most.
     """
     reference, (a,) = _placed(Reference.of(reference), standardise, a)
-    return _kernel_distance([(a, 1)], reference, reference.within)
+    return _kernel_distance([(a, 1)], reference, reference.within, standardise)
 
 
 def kernel_distance_difference(
@@ -221,7 +237,7 @@ def kernel_distance_difference(
     if len(a) != len(b):
         raise ValueError(f"the two sets must share their conditions, got {len(a)} and {len(b)} samples")
     reference, (a, b) = _placed(Reference.of(reference), standardise, a, b)
-    return _kernel_distance([(a, 1), (b, -1)], reference, None)
+    return _kernel_distance([(a, 1), (b, -1)], reference, None, standardise)
 
 
 def _placed(reference: Reference, standardise: bool, *sets: Tensor) -> tuple[Reference, list[Tensor]]:

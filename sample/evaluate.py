@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .compare import Arm, Cost, Scales, cost
+from .distances import Estimate, Reference
 from .guidance import Guidance
 from .loop import Sampler
-from .metrics import Estimate, FeatureNetwork, Scores, features_of, score, summarise
+from .metrics import FeatureNetwork, Scores, features_of, score, summarise
 from .model import Condition, DiffusionModel
 from .verdict import Rule, Verdict, decide
 
@@ -62,7 +63,7 @@ def judge(
     target: pixels (N, C, H, W) that each condition asks for. label: classes (N,). floor: real pixels whose own
     distance to the reference says how low a distance can be.
     """
-    real = features_of(network, reference) if network is not None and reference is not None else None
+    real = Reference(features_of(network, reference)) if network is not None and reference is not None else None
     scored: dict[int, tuple[Scores, dict[str, Estimate]]] = {}
     for images in pictures.values():
         if id(images) not in scored:

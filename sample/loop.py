@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .guidance import Guidance, Prior, combine, rungs
 from .model import Condition, DiffusionModel, keep_only
-from .noise import convert, like
+from .noise import Prediction, convert, like
 from .seeds import GivenNoise, SeededNoise
 from .timesteps import set_timesteps
 
@@ -169,7 +169,7 @@ def trajectories(
     def draw() -> Tensor:
         noise = source.draw() if given is None else next(given, None)
         if noise is None:
-            raise ValueError(f"step_noise must hold the noise of every step, got {len(step_noise)} for {total}")
+            raise ValueError(f"step_noise must hold the noise of each of {total} steps, it ran out")
         return noise.to(device).repeat(count, *[1] * (noise.ndim - 1))
 
     x = initial.to(device, torch.float32).repeat(count, *[1] * (initial.ndim - 1))
@@ -192,7 +192,7 @@ def trajectories(
             ladder = [predictions[g, k] for k in rungs(scales[g])[0]]
             guided.append(combine(guidance, ladder, rungs(scales[g])[1], guiders[g]))
         out = torch.cat(guided)
-        wanted = getattr(scheduler.config, "prediction_type", "flow_prediction")
+        wanted: Prediction = getattr(scheduler.config, "prediction_type", "flow_prediction")
         if wanted != model.prediction:
             alpha, sigma = (like(c, out) for c in model.path.coefficients(times.repeat(count)))
             out = convert(out, x_t, model.prediction, wanted, alpha, sigma)

@@ -4,7 +4,7 @@ Distances between sets are taken in the features of a metric network (`distances
 picture with its target or its label.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -55,13 +55,18 @@ class Scores:
 
 @torch.no_grad()
 def features_of(network: FeatureNetwork, pixels: Tensor, batch_size: int = 256) -> Tensor:
-    """Features (N, D), float32 on the CPU, of pixels (N, C, H, W) in [0, 1] on the network's device.
+    """Features (N, D), float32 on the CPU, of pixels (N, C, H, W) in [0, 1], taken to the network's device.
 
     ValueError where the network is in train mode.
     """
     if isinstance(network, nn.Module) and network.training:
         raise ValueError("the metric network must be in eval mode; call its eval()")
-    return torch.cat([network.features(batch) for batch in pixels.split(batch_size)]).float().cpu()
+    return torch.cat([network.features(batch) for batch in _batches(network, pixels, batch_size)]).float().cpu()
+
+
+def _batches(network: FeatureNetwork, pixels: Tensor, size: int) -> Iterator[Tensor]:
+    parameter = next(network.parameters(), pixels) if isinstance(network, nn.Module) else pixels
+    return (batch.to(parameter.device) for batch in pixels.split(size))
 
 
 @torch.no_grad()
@@ -75,7 +80,7 @@ def score(
 ) -> Scores:
     """Scores, on the CPU, of pictures (N, C, H, W) in [0, 1].
 
-    network: gives the features, and with label (N,) the accuracy; on the pictures' device. target: (N, C, H, W), for
+    network: gives the features, and with label (N,) the accuracy, on its own device. target: (N, C, H, W), for
     the PSNR. ValueError where the numbers of pictures, targets and labels differ, or the network is in train mode.
     """
     if label is not None and network is None:
@@ -88,7 +93,7 @@ def score(
     if network is not None:
         scores.features = features_of(network, pictures, batch_size)
     if network is not None and label is not None:
-        guess = torch.cat([network(batch).argmax(1) for batch in pictures.split(batch_size)])
+        guess = torch.cat([network(batch).argmax(1) for batch in _batches(network, pictures, batch_size)])
         scores.per_condition["accuracy"] = (guess.cpu() == label.cpu()).float()
     return scores
 

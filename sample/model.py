@@ -90,25 +90,34 @@ class DiffusionModel(nn.Module, ABC):
         import diffusers
 
         name = json.loads((File(folder) / "config.json").read_text())["_class_name"]
-        network_class = getattr(diffusers, name, None)
-        if not (isinstance(network_class, type) and issubclass(network_class, diffusers.ModelMixin)):
+        network_class: Any = getattr(diffusers, name, None)
+        known = isinstance(network_class, type) and issubclass(network_class, diffusers.ModelMixin)
+        if not known:
             raise ValueError(f"{folder}/config.json must name a diffusers model class, got {name!r}")
         return network_class.from_pretrained(folder, use_safetensors=True, local_files_only=True)
 
     def read_condition(self, **values: str) -> dict[str, Any]:
-        """A batch of one, to be encoded, from the command line's `--condition name=value`; whole numbers are labels, the rest paths of
-        pictures. ValueError for a name that the model does not have."""
+        """A batch of one, to be encoded, from the command line's `--condition name=value`; whole numbers are labels,
+        the rest paths of pictures. ValueError for a name that the model does not have, or one that is missing."""
         import torch
 
         from .pictures import read_picture
 
         known = set().union(*self.ladder)
-        if unknown := set(values) - known:
-            raise ValueError(f"condition must be among {sorted(known)}, got {sorted(unknown)}")
+        if set(values) != known:
+            raise ValueError(f"the conditions to give are {sorted(known)}, got {sorted(values)}")
         return {
             name: torch.tensor([int(value)]) if value.lstrip("-").isdigit() else read_picture(value)[None]
             for name, value in values.items()
         }
+
+
+def check_labels(label: Tensor, num_classes: int) -> Tensor:
+    """`label` (B,) itself. ValueError unless all are in [0, num_classes); labels on a GPU are not read, as that would
+    make it wait."""
+    if label.device.type == "cpu" and bool(((label < 0) | (label >= num_classes)).any()):
+        raise ValueError(f"labels must be in [0, {num_classes}), found {label.min().item()} to {label.max().item()}")
+    return label
 
 
 def keep_only(model: DiffusionModel, condition: Condition, keep: Collection[str], batch: int) -> Condition:

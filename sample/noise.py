@@ -179,7 +179,7 @@ class DiscretePath:
 
 
 class FlowPath:
-    """The straight path x_t = (1 - t/T) x_0 + (t/T) eps of flow matching (arXiv 2209.03003), t in (0, T]."""
+    """The straight path x_t = (1 - t/T) x_0 + (t/T) eps of flow matching (arXiv 2209.03003), t in [0, T]."""
 
     def __init__(self, steps: int = 1000):
         self.steps = steps

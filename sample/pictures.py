@@ -12,8 +12,7 @@ def read_picture(path: str | File) -> Tensor:
     """A picture file as (C, H, W) float32 in [0, 1]; C is 1 for grey files, else 3. ValueError names a bad file."""
     try:
         with Image.open(path) as picture:
-            picture = picture.convert("L" if picture.mode in ("1", "L") else "RGB")
-            array = np.asarray(picture, np.float32) / 255
+            array = np.asarray(picture.convert("L" if picture.mode in ("1", "L") else "RGB"), np.float32) / 255
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not a readable picture: {error}") from error
     return torch.from_numpy(array.copy()).reshape(*array.shape[:2], -1).permute(2, 0, 1)

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
+from torch import Tensor, nn
+
 from priorguide.sample.model import Condition, DiffusionModel
 from priorguide.sample.models.pixel import PixelUNet
 from priorguide.sample.noise import DiscretePath, Path, Prediction, like, weights
-from torch import Tensor, nn
 
 # name, options, eta: every scheduler of a table, and every way in which one draws noise.
 DETERMINISTIC = [(name, {}, 0.0) for name in ("ddim", "dpm++", "euler", "unipc")]

@@ -5,6 +5,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from .errors import UsageError, sentence
+
 EPILOG = "guidance: uncond + scale * (cond - uncond); scale 1 is the conditional prediction alone."
 
 
@@ -27,7 +29,13 @@ def parser() -> argparse.ArgumentParser:
     quickstart.add_argument("--seed", type=int, default=0, help="of the fine-tuning")
     quickstart.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
 
-    commands.add_parser("fit", help="fine-tune as a YAML config says (priorguide fit --help)", add_help=False)
+    fit = add("fit", "fine-tune as a YAML config says")
+    fit.usage = "priorguide fit --config FILE [--KEY VALUE ...]"
+    fit.add_argument("--config", metavar="FILE", help="repeatable: what a later one says goes before an earlier one's")
+    fit.add_argument("--KEY", metavar="VALUE", help="any key of the config, e.g. --trainer.max_steps 1000")
+    fit.add_argument("--ckpt_path", metavar="PATH", help="go on from this checkpoint; `last` is the run's own last one")
+    fit.add_argument("--print_config", action="store_true", help="print the whole config that would run, and stop")
+    fit.add_argument("--options", action="store_true", help="every key there is, and what it means (takes a while)")
 
     compare = add("compare", "compare priors over scales with a run's checkpoint, and decide")
     compare.add_argument("run", help="the folder of a fit")
@@ -40,7 +48,9 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("run", help="the folder of a fit")
     export.add_argument("--checkpoint", default=None, help="default: checkpoints/last.ckpt")
     export.add_argument("--comparison", default=None, help="a compare's folder (default: RUN/comparison)")
-    export.add_argument("--model-only", action="store_true", help="the model alone, to start from or to serve as a prior")
+    export.add_argument(
+        "--model-only", action="store_true", help="the model alone, to start from or to serve as a prior"
+    )
     export.add_argument("--prior", default=None, help="override the verdict: a candidate's name")
     export.add_argument("--scale", default=None, help="override the verdict: e.g. 3 or 1.5:7.5")
     export.add_argument("--out", default=None, help="a new folder (default: RUN/bundle)")
@@ -48,7 +58,11 @@ def parser() -> argparse.ArgumentParser:
     sample = add("sample", "sample pictures from a bundle")
     sample.add_argument("bundle", help="the bundle's folder")
     sample.add_argument(
-        "--condition", action="append", default=[], metavar="NAME=VALUE", help="a label, or a picture's path; repeatable"
+        "--condition",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a label, or a picture's path; repeatable",
     )
     sample.add_argument("--recorded", action="store_true", help="the bundle's own recorded conditions instead")
     sample.add_argument("--seeds", default="0:4", help="e.g. 0:16 or 3,5,8")
@@ -67,17 +81,22 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Exit status: 0 done, 1 it failed, 2 it was asked wrongly."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["fit"]:
+    if arguments[:1] == ["fit"] and not {*arguments[1:]} <= {"-h", "--help"}:
         return _guarded(lambda: _fit(arguments[1:]))
+    if arguments == ["fit"]:
+        arguments.append("--help")
     args = parser().parse_args(arguments)
     return _guarded(lambda: _run(args))
 
 
 def _fit(arguments: list[str]) -> int:
     _need("lightning", "fit")
+    from ..callbacks.wandb_run import finish
     from .fit import fit
 
     fit(arguments)
+    if where := finish():
+        print(where)
     return 0
 
 
@@ -107,7 +126,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def parse_scales(text: str | None) -> list[tuple[float, ...]] | None:
-    """"1,1.5,3" as [(1,), (1.5,), (3,)], "1.5:7.5" as [(1.5, 7.5)]. ValueError for anything else."""
+    """ "1,1.5,3" as [(1,), (1.5,), (3,)], "1.5:7.5" as [(1.5, 7.5)]. ValueError for anything else."""
     if text is None:
         return None
     try:
@@ -134,8 +153,8 @@ def _guarded(run: Callable[[], int]) -> int:
         if os.environ.get("PRIORGUIDE_TRACEBACK"):
             raise
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"priorguide: {str(text) or type(error).__name__}", file=sys.stderr)
-        return 1
+        print(f"priorguide: {sentence(str(text)) or type(error).__name__}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
 
 
 if __name__ == "__main__":

@@ -13,10 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..callbacks.comparison import PriorComparison
-from ..callbacks.records import arm_name, comparison_panel, shown, write_whole
+from ..callbacks.records import arm_name, comparison_panel, shown
 from ..callbacks.report import write_report
 from ..callbacks.tables import terminal_table
+from ..callbacks.wandb_log import log_result
+from ..callbacks.wandb_run import follow_up
 from ..sample.evaluate import Evaluation
+from ..sample.manifest import new_folder
 from .fine_tune import FineTune
 from .fit import FitCLI, load_run
 
@@ -35,6 +38,8 @@ def compare_run(
     record, pictures, evaluation = full_comparison(cli, state, scales, conditions)
     save_comparison(folder, cli, record, pictures, evaluation)
     show(record)
+    with follow_up(run, "compare") as logged:
+        log_result(logged, record, folder / "index.html")
     return record
 
 
@@ -104,12 +109,13 @@ def full_comparison(
 def save_comparison(
     folder: File, cli: FitCLI, record: dict[str, Any], pictures: dict[str, Any], evaluation: Evaluation
 ) -> None:
-    """record.json, panel.png and index.html in the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    count = comparison_of(cli).num_pictures
-    comparison_panel(evaluation, cli.datamodule.held_out(count)).save(folder / "panel.png")  # type: ignore[attr-defined]
-    write_report(folder / "index.html", {"title": "Which prior to deploy", **record}, pictures)
-    write_whole(folder / "record.json", json.dumps(record, indent=1))
+    """record.json, panel.png and index.html in a new folder, or nothing."""
+    count = min(comparison_of(cli).num_pictures, record["conditions"])
+    batch = cli.datamodule.held_out(count)  # type: ignore[attr-defined]
+    with new_folder(folder) as aside:
+        comparison_panel(evaluation, batch).save(aside / "panel.png")
+        write_report(aside / "index.html", {"title": "Which prior to deploy", **record}, pictures)
+        (aside / "record.json").write_text(json.dumps(record, indent=1))
 
 
 def show(record: dict[str, Any]) -> None:
@@ -123,8 +129,11 @@ def show(record: dict[str, Any]) -> None:
 def progress() -> Progress:
     """A bar with rate and time left."""
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} steps"),
-        TimeElapsedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} steps"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
     )
 
 

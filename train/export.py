@@ -6,11 +6,14 @@ import sys
 from pathlib import Path as File
 from typing import Any
 
+from ..callbacks.redact import redact
+from ..callbacks.wandb_log import log_bundle
+from ..callbacks.wandb_run import follow_up
 from ..sample.bundle import Bundle, Recorded
 from ..sample.guidance import Guidance
 from .compare import comparison_of, refuse_existing
 from .fine_tune import FineTune
-from .fit import FitCLI, load_run
+from .fit import FitCLI, last_checkpoint, load_run
 
 RECORDED_PICTURES = 16
 
@@ -35,6 +38,8 @@ def export_run(
     cli.datamodule.setup("fit")
     export(cli, state, folder, record, prior, scales)
     print(verify_apart(folder))
+    with follow_up(run, "export") as logged:
+        log_bundle(logged, File(checkpoint) if checkpoint else last_checkpoint(run), folder, record)
     return folder
 
 
@@ -55,8 +60,8 @@ def provenance(cli: FitCLI, state: dict[str, Any]) -> dict[str, Any]:
     return {
         "step": state.get("global_step"),
         "seed": config.seed_everything,
-        "model": config.model.model.as_dict(),
-        "data": config.data.as_dict(),
+        "model": redact(config.model.model.as_dict()),  # a bundle is made to be passed on
+        "data": redact(config.data.as_dict()),
     }
 
 

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import lightning as L
@@ -67,6 +67,13 @@ class FineTune(L.LightningModule):
             self.average.eval()
         return self
 
+    def setup(self, stage: str) -> None:
+        """ValueError where the data has more classes than the model: on a GPU a label too many ends in a crash."""
+        classes = getattr(self.trainer.datamodule, "num_classes", 0)  # type: ignore[attr-defined]
+        rows = getattr(self.model, "num_classes", 0)
+        if rows and classes > rows and "label" in self.model.ladder[-1]:
+            raise ValueError(f"the data has {classes} classes, the model takes labels in [0, {rows})")
+
     # --- the objective
 
     def loss(self, x_0: Tensor, condition: Condition, eps: Tensor, t: Tensor) -> Tensor:
@@ -94,11 +101,11 @@ class FineTune(L.LightningModule):
     # --- validation: the same held-out noise every time, for the condition and for its null
 
     def on_validation_epoch_start(self) -> None:
-        self._validating = self.averaged()
-        self._validating.__enter__()
+        self._validating = ExitStack()
+        self._validating.enter_context(self.averaged())
 
     def on_validation_epoch_end(self) -> None:
-        self._validating.__exit__(None, None, None)
+        self._validating.close()
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         x_0, condition = self.model.encode(batch)
@@ -120,16 +127,31 @@ class FineTune(L.LightningModule):
         if self.trainer.world_size > 1:
             torch.manual_seed(torch.initial_seed() + self.global_rank)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.average is None or self.trainer.global_step == getattr(self, "_averaged_step", 0):
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Each step of the optimiser also moves the average, so that callbacks and checkpoints find it moved."""
+        super().optimizer_step(*args, **kwargs)
+        if self.average is None:
             return
-        step = self._averaged_step = self.trainer.global_step
+        step = self.trainer.global_step + 1
         decay = min(self.ema_decay, (1 + step) / (10 + step))
         with torch.no_grad():
             live = [p.detach() for p in self.model.network.parameters()]
             torch._foreach_lerp_(list(self.average.parameters()), live, 1 - decay)
             for mean, buffer in zip(self.average.buffers(), self.model.network.buffers(), strict=True):
                 mean.copy_(buffer)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and batch_idx % every == 0:  # the loss is read from the device then anyway, to be logged
+            self._check_finite("loss", outputs["loss"])
+
+    def _check_finite(self, name: str, *tensors: Tensor) -> None:
+        """ValueError where training has gone wrong."""
+        if not all(torch.isfinite(tensor).all() for tensor in tensors):
+            raise ValueError(
+                f"the {name} is no longer finite at step {self.global_step}: lower the learning rate, clip gradients "
+                "(trainer.gradient_clip_val), or train in 32 bits"
+            )
 
     @contextmanager
     def averaged(self) -> Iterator[DiffusionModel]:
@@ -153,13 +175,15 @@ class FineTune(L.LightningModule):
             factor = next((f for key, f in self.lr_multipliers.items() if key in name), 1.0)
             groups.setdefault(factor, []).append(parameter)
         parameters = [{"params": p, "lr": self.learning_rate * factor} for factor, p in groups.items()]
-        options = {"lr": self.learning_rate, "betas": self.betas, "weight_decay": self.weight_decay}
+        options: dict[str, Any] = {"lr": self.learning_rate, "betas": self.betas, "weight_decay": self.weight_decay}
         if self.use_8bit_adam:
             from bitsandbytes.optim import AdamW8bit
 
             optimizer: torch.optim.Optimizer = AdamW8bit(parameters, **options)
         else:
-            optimizer = torch.optim.AdamW(parameters, fused=True, **options)
+            # Lightning does not clip the gradients of a fused optimiser in mixed precision.
+            fused = not (self.trainer.gradient_clip_val and "mixed" in str(self.trainer.precision))
+            optimizer = torch.optim.AdamW(parameters, fused=fused, **options)
         from diffusers.optimization import get_scheduler
 
         name = "constant_with_warmup" if self.lr_scheduler == "constant" else self.lr_scheduler
@@ -168,6 +192,7 @@ class FineTune(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._check_finite("network", *(p for p in self.model.network.parameters() if p.is_floating_point()))
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v for k, v in state.items() if k.startswith(("model.network.", "average."))}
 

@@ -1,23 +1,43 @@
 """`priorguide fit`: LightningCLI over FineTune and any data module."""
 
 import logging
-import netrc
-import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path as File
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
 import yaml
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-
+from ..callbacks.comparison import PriorComparison
+from ..callbacks.records import write_whole
+from ..callbacks.wandb_run import start
+from ..sample.checkpoint import read_checkpoint
 from .checkpoint import Checkpoint
+from .errors import UsageError, innermost, sentence
 from .fine_tune import FineTune
+
+
+class FitParser(LightningArgumentParser):
+    """The parser that names the key at fault in one sentence, without pages of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UsageError(sentence(message, ex)) from ex
+
+
+class SaveConfig(SaveConfigCallback):
+    """config.yaml in the run's folder, whatever the logger, once everything else has passed its checks."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None: ...
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            config = self.parser.dump(self.config, skip_none=False)
+            write_whole(File(trainer.default_root_dir) / "config.yaml", config)
 
 
 class FitCLI(LightningCLI):
@@ -28,10 +48,12 @@ class FitCLI(LightningCLI):
         return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--threads", type=int | None, default=None, help="CPU threads; torch's own choice if absent")
+        parser.add_argument("--threads", type=int | None, default=None, help="CPU threads; torch's choice if absent")
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.enable_version_counter": False})
-        parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", compute_fn=lambda root: f"{root}/checkpoints")
+        parser.link_arguments(
+            "trainer.default_root_dir", "checkpoint.dirpath", compute_fn=lambda root: f"{root}/checkpoints"
+        )
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand] if self.subcommand else self.config
@@ -45,24 +67,22 @@ class FitCLI(LightningCLI):
         for logger in _loggers(config.trainer.logger):
             if logger.class_path.endswith("WandbLogger"):
                 logger.init_args.save_dir = root
-                logger.init_args.offline = logger.init_args.offline or not has_wandb_key()
+                logger.init_args.group = logger.init_args.group or File(root).name  # compare and export join it
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would read hyperparameters from the checkpoint here; ours has none, the config has them all."""
+
+    def before_fit(self) -> None:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, PriorComparison):
+                callback.check(self.model.model)
+        config = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+        start(self.trainer.loggers, self.trainer.default_root_dir, yaml.safe_load(config))
 
 
 def _loggers(config: Any) -> list[Any]:
     loggers = config if isinstance(config, list) else [config]
     return [logger for logger in loggers if hasattr(logger, "class_path")]
-
-
-def has_wandb_key() -> bool:
-    """Whether W&B would find a key: WANDB_API_KEY, or a netrc entry; WANDB_MODE can still forbid its use."""
-    if os.environ.get("WANDB_MODE", "online") != "online":
-        return False
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 @contextmanager
@@ -75,25 +95,40 @@ def _no_argv() -> Iterator[None]:
         sys.argv = argv
 
 
-def build(args: Sequence[str] | dict[str, Any], run: bool) -> FitCLI:
+def build(args: list[str] | dict[str, Any], run: bool) -> FitCLI:
     """The CLI object on these arguments, or on a whole config; `run`: fit at once."""
     quiet()
-    with _no_argv():
-        return FitCLI(
-            FineTune,
-            L.LightningDataModule,
-            subclass_mode_data=True,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            parser_kwargs={"prog": "priorguide", "description": "Fine-tunes a conditional diffusion model."},
-            args=["fit", *args] if run else args,
-            run=run,
-        )
+    try:
+        with _no_argv():
+            return FitCLI(
+                FineTune,
+                L.LightningDataModule,
+                save_config_callback=SaveConfig,
+                subclass_mode_data=True,
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                parser_class=FitParser,
+                parser_kwargs={"prog": "priorguide", "description": "Fine-tunes a conditional diffusion model."},
+                args=["fit", *args] if run else args,
+                run=run,
+            )
+    except Exception as error:
+        if (inner := innermost(error)) is error:
+            raise
+        raise inner from None
 
 
-def fit(args: Sequence[str]) -> FitCLI:
+def fit(args: list[str]) -> FitCLI:
     """Trains as the arguments say; see `priorguide fit --help`."""
-    return build(args, run=True)
+    try:
+        return build(args, run=True)
+    except UsageError as error:
+        raise UsageError(f"{error} (`priorguide fit --options` lists every key)") from error
+
+
+def last_checkpoint(folder: str | File) -> File:
+    """Where a fit leaves its last checkpoint."""
+    return File(folder) / "checkpoints" / "last.ckpt"
 
 
 def load_run(folder: str | File, checkpoint: str | File | None = None) -> tuple[FitCLI, dict[str, Any]]:
@@ -105,17 +140,15 @@ def load_run(folder: str | File, checkpoint: str | File | None = None) -> tuple[
     config = folder / "config.yaml"
     if not config.is_file():
         raise ValueError(f"{folder} is not a run: it has no config.yaml; give the default_root_dir of a fit")
-    path = File(checkpoint) if checkpoint else folder / "checkpoints" / "last.ckpt"
+    path = File(checkpoint) if checkpoint else last_checkpoint(folder)
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}")
     stored = yaml.safe_load(config.read_text())
     stored = {key: stored[key] for key in ("seed_everything", "threads", "trainer", "checkpoint", "model", "data")}
-    stored["trainer"]["logger"] = False
+    # One process on what this machine has, wherever the run was trained.
+    stored["trainer"] |= {"logger": False, "accelerator": "auto", "devices": 1, "num_nodes": 1, "strategy": "auto"}
+    state = read_checkpoint(path)
     cli = build(stored, run=False)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} is not a whole checkpoint ({type(error).__name__}); use an earlier one") from error
     cli.model.on_load_checkpoint(state)
     cli.model.load_state_dict(state["state_dict"], strict=False)
     cli.model.eval()

@@ -9,10 +9,11 @@ from pathlib import Path as File
 
 from rich.console import Console
 
-from ..callbacks.wandb_log import finish, log_result
+from ..callbacks.wandb_log import log_bundle, log_result
+from ..callbacks.wandb_run import finish, follow_up
 from .compare import full_comparison, refuse_existing, save_comparison, show
 from .export import export, verify_apart
-from .fit import fit, load_run
+from .fit import fit, last_checkpoint, load_run
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def quickstart(task_name: str, out: str | None, seed: int, threads: int | None) 
     record |= {"title": task.title, "task": task_name, "description": task.description}
     show(record)
     console.rule("exporting")
-    recorded = export(cli, state, folder / "bundle", record)
+    export(cli, state, folder / "bundle", record)
     console.print(verify_apart(folder / "bundle"))
     end = time.perf_counter()
     record |= {
@@ -86,8 +87,11 @@ def quickstart(task_name: str, out: str | None, seed: int, threads: int | None) 
         "how_to_sample": how_to_sample(folder / "bundle"),
     }
     save_comparison(folder / "report", cli, record, pictures, evaluation)
-    log_result(folder, record, recorded)
-    finish()
+    with follow_up(folder, "quickstart") as run:
+        log_result(run, record, folder / "report" / "index.html")
+        log_bundle(run, last_checkpoint(folder), folder / "bundle", record)
+    if where := finish():
+        console.print(where)
     console.print(f"{(end - start) / 60:.1f} minutes; the page: {folder / 'report' / 'index.html'}")
     return folder
 

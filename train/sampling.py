@@ -1,10 +1,10 @@
 """`priorguide sample` and `priorguide verify`: inference alone, with neither lightning nor wandb."""
 
 import argparse
-import os
 from pathlib import Path as File
 
 from ..sample.bundle import Bundle
+from ..sample.manifest import new_folder
 from ..sample.pictures import to_pil
 from .cli import parse_scales
 
@@ -27,11 +27,9 @@ def sample(args: argparse.Namespace) -> int:
         condition = {name: part.expand(len(seeds), *part.shape[1:]) for name, part in one.items()}
     scales = parse_scales(args.scale)
     pixels = bundle.sample(condition, seeds, scales=scales[0] if scales else None, steps=args.steps)
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
-    aside.mkdir(parents=True)
-    for number, (seed, picture) in enumerate(zip(seeds, pixels, strict=True)):
-        to_pil(picture).save(aside / f"{number:04d}-seed-{seed}.png")
-    os.replace(aside, out)
+    with new_folder(out) as folder:
+        for number, (seed, picture) in enumerate(zip(seeds, pixels, strict=True)):
+            to_pil(picture).save(folder / f"{number:04d}-seed-{seed}.png")
     print(f"{len(seeds)} pictures in {out}")
     return 0
 
@@ -55,7 +53,7 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """"0:4" as [0, 1, 2, 3], "3,5" as [3, 5]. ValueError for anything else."""
+    """ "0:4" as [0, 1, 2, 3], "3,5" as [3, 5]. ValueError for anything else."""
     try:
         if ":" in text:
             first, last = text.split(":")

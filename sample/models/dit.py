@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import choose_weights, read_checkpoint, read_folder
 from ..latents import latent_space, read_autoencoder, to_latents, to_pixels
-from ..model import Condition, DiffusionModel
+from ..model import Condition, DiffusionModel, check_labels
 from ..noise import DiscretePath
 from .dit_network import DiTNetwork, network_from_diffusers, network_from_state
 
@@ -148,13 +148,6 @@ class DiT(DiffusionModel):
     def config(self) -> dict[str, Any]:
         return {"space": self.space}
 
-    def train(self, mode: bool = True) -> Self:
-        """The autoencoder stays in eval mode."""
-        super().train(mode)
-        if self.vae is not None:
-            self.vae.eval()
-        return self
-
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Latents are drawn from the autoencoder's posterior while training, and are its mode otherwise."""
         x_0 = pixels * 2 - 1 if self._in_pixels() else to_latents(self.vae, pixels, draw=self.training)
@@ -163,7 +156,7 @@ class DiT(DiffusionModel):
         return x_0
 
     def encode_condition(self, batch: Mapping[str, Any]) -> Condition:
-        return {name: batch[name] for name in self.ladder[0]}
+        return {name: check_labels(batch[name], self.num_classes) for name in self.ladder[0]}
 
     def null(self, condition: Condition) -> Condition:
         if not self.num_classes:

@@ -9,7 +9,7 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..model import Condition, DiffusionModel
+from ..model import Condition, DiffusionModel, check_labels
 from ..noise import DiscretePath, Prediction
 
 
@@ -123,7 +123,16 @@ class PixelUNet(DiffusionModel):
         return F.pixel_unshuffle(pixels * 2 - 1, self.fold)
 
     def encode_condition(self, batch: Mapping[str, Any]) -> Condition:
-        return {name: batch[name] * 2 - 1 if name == "image" else batch[name] for name in self.parts}
+        parts = {}
+        if "label" in self.parts:
+            parts["label"] = check_labels(batch["label"], self.num_classes)
+        if "image" in self.parts:
+            side = self.shape[1] * self.fold
+            if batch["image"].shape[1:] != (self.image_channels, side, side):
+                expected, found = f"(B, {self.image_channels}, {side}, {side})", tuple(batch["image"].shape)
+                raise ValueError(f"the condition's image must have shape {expected}, got {found}")
+            parts["image"] = batch["image"] * 2 - 1
+        return parts
 
     def null(self, condition: Condition) -> Condition:
         parts = {}

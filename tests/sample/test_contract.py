@@ -6,11 +6,12 @@ import time
 
 import pytest
 import torch
+from torch import nn
+
 from priorguide.sample.guidance import unconditional
 from priorguide.sample.loop import make_scheduler, sample
 from priorguide.sample.model import DiffusionModel, keep_only
 from priorguide.sample.models import find, models
-from torch import nn
 
 MODELS = {name: model for name, model in models().items() if model.__module__.startswith("priorguide.")}
 
@@ -66,6 +67,13 @@ def test_tiny_is_quick_and_small(kind):
 def test_only_the_network_is_trained(model):
     own = {id(p) for p in model.network.parameters()}
     assert own and all(id(p) in own or not p.requires_grad for p in model.parameters())
+
+
+def test_only_the_network_goes_into_train_mode(model):
+    model = copy.deepcopy(model).train()
+    inside = set(model.network.modules())
+    assert all(module.training == (module in inside) for module in model.modules() if module is not model)
+    assert not any(module.training for module in model.eval().modules())
 
 
 def test_null_is_idempotent(model):
@@ -144,6 +152,8 @@ def test_encode_and_decode(model):
         x_0, condition = model.encode(batch)
         assert x_0.shape == (3, *model.shape) and x_0.dtype == torch.float32
         assert condition.keys() == model.null({}).keys() and all(len(part) == 3 for part in condition.values())
+        alone = model.encode_condition({name: batch[name] for name in condition})  # no pixels are needed
+        assert all(torch.equal(alone[name], condition[name]) for name in condition)
         pixels, far = model.decode(x_0), model.decode(100 * torch.randn(3, *model.shape))
     assert pixels.shape == batch["pixels"].shape
     assert pixels.min() >= 0 and pixels.max() <= 1 and far.min() >= 0 and far.max() <= 1

@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 from oracle import DETERMINISTIC, STOCHASTIC, TWO, Mixture, TwoRungs, assert_near, labels
+
 from priorguide.sample.guidance import unconditional
 from priorguide.sample.loop import make_scheduler, sample
 from priorguide.sample.noise import DiscretePath, FlowPath

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from oracle import TwoRungs, pixel_condition, pixel_model
+
 from priorguide.sample.guidance import Guidance, combine, guide, rescale, rungs, unconditional
 from priorguide.sample.loop import make_scheduler, sample
 from priorguide.sample.noise import DiscretePath, convert

@@ -15,6 +15,7 @@ from oracle import (
     pixel_condition,
     pixel_model,
 )
+
 from priorguide.sample.guidance import Guidance, unconditional
 from priorguide.sample.loop import evaluations, make_scheduler, sample, trajectories
 from priorguide.sample.noise import FlowPath

@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import torch
 from oracle import zero_terminal
+
 from priorguide.sample.noise import (
     DiscretePath,
     FlowPath,

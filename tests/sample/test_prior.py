@@ -12,6 +12,7 @@ from oracle import (
     pixel_model,
     zero_terminal,
 )
+
 from priorguide.sample.guidance import Guidance, Prior, unconditional
 from priorguide.sample.loop import make_scheduler, sample
 from priorguide.sample.models.pixel import PixelUNet
@@ -127,8 +128,9 @@ def test_binding_on_one_path_only_converts(kind):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("onto", [zero_terminal(), FlowPath()], ids=["zero_terminal", "flow"])
-def test_beyond_its_range_a_prior_is_clamped_with_one_warning(onto, prediction):
-    model = Mixture(path=onto, prediction="v_prediction")
+@pytest.mark.parametrize("target", ["epsilon", "v_prediction"])
+def test_beyond_its_range_a_prior_is_clamped_with_one_warning(onto, prediction, target):
+    model = Mixture(path=onto, prediction=target)
     prior = Mixture(path=DiscretePath.scaled_linear(), prediction=prediction)
     with pytest.warns(UserWarning, match=r"the prior knows log-SNR -5\.\d+ to 7\.\d+, the fine-tuned model .* nearest"):
         bound = unconditional(prior, onto=model)
@@ -145,7 +147,7 @@ def test_beyond_its_range_a_prior_is_clamped_with_one_warning(onto, prediction):
     # Its x_0 stands, and eps is what then remains of x_t.
     x_0, _ = prior.posterior(own_x_t, own_t, null["label"])
     alpha, sigma = (like(c, x_0) for c in onto.coefficients(t))
-    a, b = weights("v_prediction", alpha, sigma)
+    a, b = weights(target, alpha, sigma)
     torch.testing.assert_close(found.double(), a * x_0 + b * (x_t - alpha * x_0) / sigma, rtol=1e-4, atol=1e-4)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from oracle import DETERMINISTIC, STOCHASTIC, Mixture, labels
+
 from priorguide.sample.loop import make_scheduler, sample
 from priorguide.sample.noise import FlowPath
 from priorguide.sample.seeds import SeededNoise

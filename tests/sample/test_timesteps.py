@@ -9,6 +9,7 @@ from oracle import (
     Mixture,
     labels,
 )
+
 from priorguide.sample.loop import SCHEDULERS, Sampler, make_scheduler, sample
 from priorguide.sample.noise import DiscretePath, FlowPath
 
@@ -89,7 +90,7 @@ def run(model, **changes):
         ),
         (
             {"name": "ddpm", "step_noise": torch.zeros(2, 2, 2, 1, 1)},
-            "step_noise must hold the noise of every step, got 2 for 4",
+            "step_noise must hold the noise of each of 4 steps, it ran out",
         ),
         ({"rows": 3}, "condition part 'label' must have 2 rows, one per sample, got 3"),
         ({"seeds": [0, -1]}, r"seeds must lie in \[0, 2\*\*32\), got \[0, -1\]"),
@@ -125,3 +126,12 @@ def test_a_table_that_ends_without_signal_needs_a_scheduler_that_can_start_there
     with pytest.raises(ValueError, match="do not fall from a finite one"):
         euler = make_scheduler(mixture, "euler", **trailing)
         sample(mixture, labels(0, 1), [0], scheduler=euler, scales=[1.0], steps=5)
+
+
+def test_first_timesteps_that_round_to_one_lose_no_step():
+    mixture = Mixture()  # whose noisiest levels lie within one unit of t
+    scheduler = make_scheduler(mixture, "dpm++", use_karras_sigmas=True)
+    x = sample(mixture, labels(0, 2), [0, 1], scheduler=scheduler, scales=[1.0], steps=6)
+    scheduler.set_timesteps(6)
+    assert scheduler.timesteps[0] == scheduler.timesteps[1]
+    assert mixture.rows == [2] * 6 and x.isfinite().all()

@@ -3,12 +3,13 @@ import math
 
 import pytest
 import torch
-from priorguide.sample.distances import Reference, kernel_distance, kernel_distance_difference
-from priorguide.sample.metrics import Scores
-from priorguide.sample.verdict import Rule, decide
 from scipy.special import stdtrit
 from scipy.stats import ttest_rel
 from torch import Tensor
+
+from priorguide.sample.distances import Reference, kernel_distance, kernel_distance_difference
+from priorguide.sample.metrics import Scores
+from priorguide.sample.verdict import Rule, decide
 
 
 class World:

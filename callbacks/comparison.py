@@ -93,7 +93,7 @@ class PriorComparison(L.Callback):
     ) -> None:
         step = trainer.global_step
         if step == self._last_step or step == 0 or step % self.every_n_steps:
-            return  # the last test fails for every micro-batch but the one that moved the weights
+            return  # with accumulation, several micro-batches end at one step of the optimiser
         self._last_step = step
         if self._over_budget(trainer):
             self.skipped.append(step)

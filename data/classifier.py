@@ -106,6 +106,8 @@ def main() -> None:
     begun = time.process_time()
     pictures = fit(images[TRAINED_ON], RESOLUTION, pad=True)
     model = train(pictures, labels[TRAINED_ON], arguments.steps, seed=arguments.seed)
+    weights = {name: value.half() for name, value in model.state_dict().items()}
+    model.load_state_dict(weights)  # what is measured is what ships
     settings = f"--steps {arguments.steps} --seed {arguments.seed}"
     record = {
         "command": f"python -m priorguide.data.classifier --idx FOLDER {settings}",
@@ -116,7 +118,7 @@ def main() -> None:
         "torch": torch.__version__,
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
-    save_file(model.state_dict(), temporary := arguments.out / "classifier.tmp")
+    save_file(weights, temporary := arguments.out / "classifier.tmp")
     temporary.chmod(0o644)  # safetensors writes 0600
     os.replace(temporary, arguments.out / "classifier.safetensors")
     (temporary := arguments.out / "record.tmp").write_text(json.dumps(record, indent=2) + "\n")

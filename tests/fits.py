@@ -80,9 +80,8 @@ def tuning(seed: int = 0, **options: Any) -> FineTune:
 def trainer(folder: Path, steps: int, **options: Any) -> L.Trainer:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     still = {"enable_checkpointing": False, "num_sanity_val_steps": 0, "limit_val_batches": 0, "log_every_n_steps": 1}
-    return L.Trainer(
-        accelerator="cpu", devices=1, max_steps=steps, default_root_dir=folder, **{**quiet, **still, **options}
-    )
+    here = {"accelerator": "cpu", "devices": 1, "max_steps": steps, "default_root_dir": folder}
+    return L.Trainer(**{**here, **quiet, **still, **options})
 
 
 def seed(number: int = 0) -> None:

@@ -1,6 +1,9 @@
 """Reads an offline W&B run back: a log of protobuf records, framed as LevelDB does, after a header of seven bytes."""
 
+import json
+from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 from wandb.proto import wandb_internal_pb2
 
@@ -24,3 +27,34 @@ def read_records(run: Path) -> list[wandb_internal_pb2.Record]:
             records.append(wandb_internal_pb2.Record.FromString(parts))
         at += HEADER + length
     return records
+
+
+def read_log(folder: Path) -> SimpleNamespace:
+    """What an offline run logged: history rows, summary, config, each key's axis, artifacts, the run's own record."""
+    log = SimpleNamespace(history=[], summary={}, config={}, axes={}, artifacts=defaultdict(list), run=None)
+
+    def put(into, items):
+        for item in items:
+            *path, last = list(item.nested_key) or [item.key]
+            inner = into
+            for part in path:
+                inner = inner.setdefault(part, {})
+            inner[last] = json.loads(item.value_json)
+        return into
+
+    for record in read_records(folder):
+        kind = record.WhichOneof("record_type")
+        content = getattr(record, kind)
+        if kind == "history":
+            log.history.append(put({}, content.item))
+        elif kind == "summary":
+            put(log.summary, content.update)
+        elif kind == "config":
+            put(log.config, content.update)
+        elif kind == "metric":
+            log.axes[content.name or content.glob_name] = content.step_metric
+        elif kind == "artifact":
+            log.artifacts[content.type].append(content)
+        elif kind == "run":
+            log.run = content
+    return log

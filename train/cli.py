@@ -94,7 +94,7 @@ def _fit(arguments: list[str]) -> int:
     from ..callbacks.wandb_run import finish
     from .fit import fit
 
-    fit(arguments)
+    fit(["--help" if argument == "--options" else argument for argument in arguments])
     if where := finish():
         print(where)
     return 0

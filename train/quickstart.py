@@ -91,7 +91,7 @@ def quickstart(task_name: str, out: str | None, seed: int, threads: int | None) 
         log_result(run, record, folder / "report" / "index.html")
         log_bundle(run, last_checkpoint(folder), folder / "bundle", record)
     if where := finish():
-        console.print(where)
+        console.print(where, soft_wrap=True)
     console.print(f"{(end - start) / 60:.1f} minutes; the page: {folder / 'report' / 'index.html'}")
     return folder
 

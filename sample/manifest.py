@@ -70,7 +70,7 @@ def new_folder(folder: File) -> Iterator[File]:
         temporary.rename(folder)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, SafetensorError):
+        if isinstance(error, SafetensorError | OSError):
             raise OSError(f"{folder} could not be written: {error}") from error
         raise
     _sync(folder.parent)

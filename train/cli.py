@@ -55,6 +55,8 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--scale", default=None, help="override the verdict: e.g. 3 or 1.5:7.5")
     export.add_argument("--out", default=None, help="a new folder (default: RUN/bundle)")
 
+    about = "a module of yours that registers the bundle's model; repeatable"
+    own = {"action": "append", "default": [], "metavar": "MODULE", "dest": "modules", "help": about}
     sample = add("sample", "sample pictures from a bundle")
     sample.add_argument("bundle", help="the bundle's folder")
     sample.add_argument(
@@ -69,11 +71,13 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--scale", default=None, help="in place of the bundle's, e.g. 3 or 1.5:7.5")
     sample.add_argument("--steps", type=int, default=None, help="in place of the bundle's")
     sample.add_argument("--device", default="cpu")
+    sample.add_argument("--import", **own)  # type: ignore[arg-type]
     sample.add_argument("--out", default="samples", help="a new folder for the PNG files")
 
     verify = add("verify", "recompute every hash of a bundle and replay its recorded batch")
     verify.add_argument("bundle", help="the bundle's folder")
     verify.add_argument("--device", default="cpu")
+    verify.add_argument("--import", **own)  # type: ignore[arg-type]
     verify.add_argument("--hashes-only", action="store_true", help="leave the recorded batch unplayed")
     return top
 
@@ -102,8 +106,12 @@ def _fit(arguments: list[str]) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     if args.command in ("sample", "verify"):
+        from importlib import import_module
+
         from . import sampling
 
+        for module in args.modules:
+            import_module(module)
         return getattr(sampling, args.command)(args)
     _need("lightning", args.command)
     if args.command == "quickstart":

@@ -1,6 +1,7 @@
 """`priorguide export`: the run's network and the prior that won, as one bundle that is checked before it is kept."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path as File
@@ -11,6 +12,8 @@ from ..callbacks.wandb_log import log_bundle
 from ..callbacks.wandb_run import follow_up
 from ..sample.bundle import Bundle, Recorded
 from ..sample.guidance import Guidance
+from ..sample.manifest import verify
+from ..sample.models import find
 from .compare import comparison_of, refuse_existing
 from .fine_tune import FineTune
 from .fit import FitCLI, last_checkpoint, load_run
@@ -83,9 +86,9 @@ def export(
         raise ValueError(f"prior must be among the run's candidates {sorted(callback.priors)}, got {name!r}")
     with fine_tune.averaged() as model:
         guidance: Guidance = callback.candidates(model, [wanted])[name, wanted]
-        batch = cli.datamodule.held_out(RECORDED_PICTURES)  # type: ignore[attr-defined]
-        condition = model.encode_condition(batch)
-        seeds = [callback.seed + i for i in range(RECORDED_PICTURES)]
+        count = min(RECORDED_PICTURES, callback.num_conditions)
+        condition = model.encode_condition(cli.datamodule.held_out(count))  # type: ignore[attr-defined]
+        seeds = [callback.seed + i for i in range(count)]
         recorded = Recorded.draw(model, condition, seeds, guidance, callback.sampler)
         Bundle.save(
             folder,
@@ -102,7 +105,12 @@ def export(
 def verify_apart(folder: File) -> str:
     """What `priorguide verify` says of the bundle in a process of its own. RuntimeError where it fails."""
     command = [sys.executable, "-m", "priorguide.train.cli", "verify", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    manifest = verify(folder)
+    for name in {stored["class"] for stored in (manifest["model"], manifest["prior"]) if stored}:
+        if not (module := find(name).__module__).startswith("priorguide."):
+            command += ["--import", module]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"the bundle does not reproduce its pictures: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout.strip()

@@ -32,14 +32,14 @@ TASKS = {
         "fashion_edges.yaml",
         "Edges to garments",
         "An unconditional model of garments, fine-tuned on 1,000 pairs to draw a garment from its edge map.",
-        (1, 1.5, 2, 3, 4),
-        1000,
+        (1, 1.5, 2, 3),
+        2000,
     ),
     "classes": Task(
         "fashion_classes.yaml",
         "Garments by class",
         "An unconditional model of garments, fine-tuned on 500 labelled pictures to draw a garment of a class.",
-        (1, 1.5, 2, 3, 4),
+        (1, 1.5, 2, 3),
         1000,
     ),
     "rotate": Task(

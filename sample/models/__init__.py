@@ -29,5 +29,6 @@ def find(name: str) -> type[DiffusionModel]:
     """The model class of that name. ValueError where there is none."""
     known = models()
     if name not in known:
-        raise ValueError(f"no model is called {name!r}; known are {', '.join(sorted(known))}")
+        known_names = ", ".join(sorted(known))
+        raise ValueError(f"no model is called {name!r}; known are {known_names}, and your own once they are imported")
     return known[name]

@@ -44,7 +44,7 @@ def small(config: Path, root: Path, base: Path, idx: Path | None = None) -> dict
             kept.append(callback)
     options["callbacks"] = kept
     content["checkpoint"]["every_n_train_steps"] = 2
-    data = content["data"]["init_args"]
+    data = content["data"].setdefault("init_args", {})
     data["train_batch_size"] = 8
     if idx is not None:
         data |= {"source": f"idx:{idx}", "max_train_samples": None, "train_range": None}

@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from ..sample.compare import Arm, arms, compare
+from ..sample.compare import arms, compare
 from ..sample.evaluate import Evaluation, costs_of, judge, to_device
-from ..sample.guidance import Guidance, unconditional
+from ..sample.guidance import Arm, Guidance, unconditional
 from ..sample.loop import Sampler
 from ..sample.model import DiffusionModel
 from ..sample.verdict import Rule
@@ -104,7 +104,7 @@ class PriorComparison(L.Callback):
         evaluation = self.evaluate(pl_module, data, rank=trainer.global_rank, world=trainer.world_size)
         self.history.append({"step": step, "rows": evaluation.rows()})
         if trainer.is_global_zero:
-            batch = data.held_out(self.num_pictures)
+            batch = self.examples(data, self.num_pictures)
             write_comparison(File(trainer.default_root_dir) / "compare", step, evaluation, batch)
             log_comparison(trainer.loggers, step, evaluation, batch)
         self.seconds += time.perf_counter() - start
@@ -117,6 +117,11 @@ class PriorComparison(L.Callback):
         return bool(trainer.strategy.broadcast(over))
 
     # --- what
+
+    def examples(self, data: Any, n: int) -> dict[str, Any]:
+        """The first n held-out conditions, to show; with their "pixels" where these are what is asked for."""
+        batch = dict(data.held_out(n))
+        return batch if self.has_target else {name: part for name, part in batch.items() if name != "pixels"}
 
     def candidates(self, model: DiffusionModel, scales: Sequence[Any] | None = None) -> dict[Arm, Guidance]:
         """Every prior at every scale, bound onto the model. ValueError for a base that does not fit."""
@@ -160,9 +165,7 @@ class PriorComparison(L.Callback):
             if world > 1:
                 pictures = _gather(pl_module, pictures, n, world)
             if not all(images.isfinite().all() for images in pictures.values()):
-                raise ValueError(
-                    "the pictures are no longer finite: lower the learning rate, or clip gradients"
-                )
+                raise ValueError("the pictures are no longer finite: lower the learning rate, or clip gradients")
             costs = costs_of(model, condition, candidates, self.sampler, self.batch_size) if full else None
             return judge(
                 pictures,

@@ -8,20 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..sample.compare import Arm
 from ..sample.evaluate import Evaluation
 from .panels import panel
-
-
-def arm_name(arm: Arm) -> str:
-    """ "base, scale 3": a heading for people."""
-    prior, scales = arm
-    return f"{prior}, scale {scale_name(scales)}"
-
-
-def scale_name(scales: tuple[float, ...] | list[float]) -> str:
-    """ "3" or "1.5,7.5": one scale's name in keys and tables."""
-    return ",".join(f"{s:g}" for s in scales)
+from .quantities import candidate_text
 
 
 def write_whole(path: File, content: str | bytes) -> None:
@@ -44,7 +33,7 @@ def shown(batch: dict[str, Any], key: str) -> Tensor | None:
 def comparison_panel(evaluation: Evaluation, batch: dict[str, Any]) -> Any:
     """Condition, every arm and target, a row per condition of the batch, as one PIL picture."""
     count = len(next(iter(batch.values())))
-    candidates = {arm_name(arm): images[:count] for arm, images in evaluation.pictures.items()}
+    candidates = {candidate_text(*arm): images[:count] for arm, images in evaluation.pictures.items()}
     return panel(shown(batch, "image"), candidates, shown(batch, "pixels"))
 
 

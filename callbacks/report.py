@@ -1,7 +1,5 @@
 """The comparison as one self-contained page."""
 
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import groupby, product
 from pathlib import Path
@@ -22,6 +20,7 @@ from .quantities import (
     reading,
     scale_text,
 )
+from .records import write_whole
 from .tables import Record, chosen, comparisons, in_order, is_winner, numbers, styles
 
 
@@ -35,17 +34,7 @@ def write_report(path: str | Path, record: Record, pictures: Mapping[str, Any] |
     """
     path = Path(path)
     path = path if path.suffix == ".html" else path / "index.html"
-    html = render(record, pictures or {})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(html)
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
-    except BaseException:
-        os.unlink(aside)
-        raise
+    write_whole(path, render(record, pictures or {}))
     return path
 
 

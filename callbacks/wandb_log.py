@@ -8,11 +8,11 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, WandbLogger
 from torch import Tensor
 
-from ..sample.compare import Arm
 from ..sample.evaluate import Evaluation
+from ..sample.guidance import Arm
 from ..sample.manifest import MANIFEST, sha256
 from ..sample.pictures import to_pil
-from .records import comparison_panel, scale_name, shown
+from .records import comparison_panel, shown
 from .wandb_run import forgiving
 
 STEP = "compare/step"
@@ -46,6 +46,11 @@ def log_comparison(loggers: Iterable[Logger], step: int, evaluation: Evaluation,
         for run in runs:
             _log(run, step, values)
             _log(run, step, {"compare/table": _table(batch, arms, count)})  # apart, since tables can fail to upload
+
+
+def scale_name(scales: Sequence[float]) -> str:
+    """ "3" or "1.5,7.5": scales in keys."""
+    return ",".join(f"{scale:g}" for scale in scales)
 
 
 def _distinct(pictures: Mapping[Arm, Tensor]) -> dict[str, Tensor]:
@@ -106,7 +111,7 @@ def _flat(row: Mapping[str, Any], metrics: Sequence[str]) -> list[Any]:
 
 def _scale(scales: Sequence[float]) -> float | str:
     """A number where there is one, to sort and plot by."""
-    return float(scales[0]) if len(scales) == 1 else scale_name(list(scales))
+    return float(scales[0]) if len(scales) == 1 else scale_name(scales)
 
 
 def summary_of(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,17 +3,14 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .guidance import Guidance, Prior
+from .guidance import Arm, Guidance, Prior
 from .loop import Sampler, evaluations, trajectories
 from .model import Condition, DiffusionModel
-
-Scales = tuple[float, ...]
-Arm = tuple[str, Scales]
-"""A candidate prior's name, and the scales that it guides with."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,9 @@ class Cost:
 
 
 def arms(
-    priors: Mapping[str, Prior | None], scales: Sequence[float | Sequence[float]], options: Mapping[str, object] | None = None
+    priors: Mapping[str, Prior | None],
+    scales: Sequence[float | Sequence[float]],
+    options: Mapping[str, Any] | None = None,
 ) -> dict[Arm, Guidance]:
     """Every prior at every scale. `priors`: None is the self prior; `options`: Guidance's further arguments."""
     grid = [(float(s),) if isinstance(s, int | float) else tuple(map(float, s)) for s in scales]
@@ -52,7 +51,7 @@ def compare(
     unique: dict[object, Guidance] = {}
     same = {}
     for arm, guidance in candidates.items():
-        how = (guidance.scales, guidance.interval, guidance.rescale, guidance.guider)
+        how: object = (guidance.scales, guidance.interval, guidance.rescale, guidance.guider)
         key = how if guidance.scales[0] == 1 else arm
         same[arm] = key
         unique.setdefault(key, guidance)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compare import Arm, Cost, Scales, cost
+from .compare import Cost, cost
 from .distances import Estimate, Reference
-from .guidance import Guidance
+from .guidance import Arm, Guidance, Scales
 from .loop import Sampler
 from .metrics import FeatureNetwork, Scores, features_of, score, summarise
 from .model import Condition, DiffusionModel
@@ -78,7 +78,7 @@ def judge(
 def costs_of(
     model: DiffusionModel, condition: Condition, candidates: Mapping[Arm, Guidance], sampler: Sampler, batch: int
 ) -> dict[Arm, Cost]:
-    """The cost of every arm; the scale does not change it, so each prior is timed once with a scale and once without."""
+    """The cost of every arm; scales do not change it, so each prior is timed once with guidance and once without."""
     part = {name: value[:batch] for name, value in condition.items()}
     seeds = list(range(len(next(iter(part.values()))) if part else batch))
     timed: dict[tuple[str, bool], Cost] = {}

@@ -14,6 +14,10 @@ from torch import Tensor
 from .model import Condition, DiffusionModel, keep_only
 from .noise import convert, like, log_snr, split, weights
 
+Scales = tuple[float, ...]
+Arm = tuple[str, Scales]
+"""A candidate prior's name, and the scales that it guides with, the lowest first."""
+
 GUIDERS = {"apg": "AdaptiveProjectedGuidance", "cfg_zero_star": "ClassifierFreeZeroStarGuidance"}
 """Guiders of diffusers.guiders that take any two predictions: APG (arXiv 2410.02416), CFG-Zero* (arXiv 2503.18886)."""
 

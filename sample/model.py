@@ -15,7 +15,8 @@ Condition = dict[str, Tensor]
 class DiffusionModel(nn.Module, ABC):
     """A conditional diffusion model: all that training, sampling, comparison and bundles need to know of one.
 
-    A subclass sets the attributes below and defines `encode_pixels`, `encode_condition`, `null`, `denoise`, `decode`, `config`, `tiny`.
+    A subclass sets the attributes below and defines `encode_pixels`, `encode_condition`, `null`, `denoise`, `decode`,
+    `config`, `tiny`.
     """
 
     network_name: ClassVar[str] = "unet"

@@ -13,10 +13,9 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from .distances import Estimate, Reference, kernel_distance, kernel_distance_difference, mean
+from .guidance import Arm
 from .metrics import BETTER, Scores
 
-Arm = tuple[str, tuple[float, ...]]
-"""A prior's name and its scales, the lowest first."""
 Outcome = Literal["better", "worse", "no difference", "guard broken"]
 UNITS = {"psnr": " dB"}
 CHOOSE, JUDGE = slice(0, None, 2), slice(1, None, 2)

@@ -8,10 +8,11 @@ import lightning as L
 import numpy as np
 import torch
 from oracle import pixel_model
-from priorguide.train.fine_tune import FineTune
-from priorguide.train.objective import Drop
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+
+from priorguide.train.fine_tune import FineTune
+from priorguide.train.objective import Drop
 
 CLASSES = 3
 

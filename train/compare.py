@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..callbacks.comparison import PriorComparison
-from ..callbacks.records import arm_name, comparison_panel, shown
+from ..callbacks.quantities import candidate_text
+from ..callbacks.records import comparison_panel, shown
 from ..callbacks.report import write_report
 from ..callbacks.tables import terminal_table
 from ..callbacks.wandb_log import log_result
@@ -78,7 +79,8 @@ def full_comparison(
             full=True,
             on_step=lambda step, total: bar.update(task, completed=step, total=total),
         )
-    record = {
+    count = conditions or callback.num_conditions
+    record: dict[str, Any] = {
         "rows": evaluation.rows(),
         "verdict": evaluation.verdict.to_json() if evaluation.verdict else None,
         "floor": {name: estimate.value for name, estimate in evaluation.floor.items()},
@@ -89,7 +91,7 @@ def full_comparison(
             "eta": callback.sampler.eta,
             **callback.sampler.options,
         },
-        "conditions": conditions or callback.num_conditions,
+        "conditions": count,
         "reference": callback.num_reference,
         "step": state.get("global_step"),
         "seconds_comparing": time.perf_counter() - start,
@@ -97,11 +99,11 @@ def full_comparison(
     }
     chosen = evaluation.verdict.chosen if evaluation.verdict else {}
     arms = {(prior, tuple(s)): evaluation.pictures[prior, tuple(s)] for prior, s in chosen.items()}
-    batch = data.held_out(record["conditions"])  # type: ignore[attr-defined]
+    batch = callback.examples(data, count)
     pictures = {
         "condition": shown(batch, "image"),
-        "target": shown(batch, "pixels") if callback.has_target else None,
-        "candidates": {arm_name(arm): images for arm, images in arms.items()},
+        "target": shown(batch, "pixels"),
+        "candidates": {candidate_text(*arm): images for arm, images in arms.items()},
     }
     return record, pictures, evaluation
 
@@ -110,8 +112,8 @@ def save_comparison(
     folder: File, cli: FitCLI, record: dict[str, Any], pictures: dict[str, Any], evaluation: Evaluation
 ) -> None:
     """record.json, panel.png and index.html in a new folder, or nothing."""
-    count = min(comparison_of(cli).num_pictures, record["conditions"])
-    batch = cli.datamodule.held_out(count)  # type: ignore[attr-defined]
+    callback = comparison_of(cli)
+    batch = callback.examples(cli.datamodule, min(callback.num_pictures, record["conditions"]))
     with new_folder(folder) as aside:
         comparison_panel(evaluation, batch).save(aside / "panel.png")
         write_report(aside / "index.html", {"title": "Which prior to deploy", **record}, pictures)

@@ -111,4 +111,3 @@ def how_to_sample(bundle: File) -> list[dict[str, str]]:
             "pixels = bundle.sample(recorded.condition, recorded.seeds)  # (B, C, H, W) in [0, 1]",
         },
     ]
-

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path as File
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -17,8 +17,8 @@ class PixelUNet(DiffusionModel):
     """Pixels in [-1, 1], folded (space to depth) so that a few channels see a whole picture; cosine path.
 
     Condition parts: "label" (B,) in [0, num_classes), null num_classes, the last class row; and "image"
-    (B, image_channels, H, W) in [-image_gain, image_gain], concatenated to the input, null the zero (mid-grey) picture. A
-    model has either, both (one rung: both are kept or both dropped) or neither. With `image_gain` above 1 the channels
+    (B, image_channels, H, W) in [-image_gain, image_gain], concatenated to the input, null the zero (mid-grey) picture.
+    A model has either, both (one rung: both are kept or both dropped) or neither. With `image_gain` above 1 the channels
     that fine-tuning adds learn faster than what they were added to, at one learning rate.
     """
 
@@ -38,11 +38,9 @@ class PixelUNet(DiffusionModel):
         self.prediction = prediction
         self.num_classes, self.image_channels = num_classes, image_channels
         self.fold, self.picture_channels, self.image_gain = fold, picture_channels, image_gain
-        self.parts = tuple(
-            name for name, here in (("label", num_classes > 0), ("image", image_channels > 0)) if here
-        )
+        self.parts = tuple(name for name, here in (("label", num_classes > 0), ("image", image_channels > 0)) if here)
         self.ladder = (frozenset(self.parts),)
-        config = network.config
+        config: Any = network.config
         self.shape = (picture_channels * fold**2, config.sample_size, config.sample_size)
         self.space = f"pixels in [-1, 1], folded by {fold}"
         expected = (picture_channels + image_channels) * fold**2
@@ -96,7 +94,7 @@ class PixelUNet(DiffusionModel):
         """
         if not isinstance(base, PixelUNet):
             raise ValueError(f"PixelUNet starts from a PixelUNet, got {type(base).__name__}")
-        old = base.network
+        old: Any = base.network
         widened = {
             "in_channels": (base.picture_channels + image_channels) * base.fold**2,
             "num_class_embeds": num_classes + 1,
@@ -114,10 +112,8 @@ class PixelUNet(DiffusionModel):
         return cls(network, num_classes, image_channels, base.fold, base.picture_channels, base.prediction, image_gain)
 
     @classmethod
-    def tiny(cls) -> Self:
-        return cls.create(
-            resolution=16, num_classes=3, image_channels=1, fold=2, block_out_channels=(16, 32)
-        )
+    def tiny(cls) -> "PixelUNet":
+        return cls.create(resolution=16, num_classes=3, image_channels=1, fold=2, block_out_channels=(16, 32))
 
     def config(self) -> dict[str, Any]:
         return {
@@ -146,7 +142,7 @@ class PixelUNet(DiffusionModel):
 
     def null(self, condition: Condition) -> Condition:
         parts = {}
-        device = self.network.conv_in.weight.device
+        device = next(self.network.parameters()).device
         if "label" in self.parts:
             label = condition.get("label", torch.zeros(1, dtype=torch.long, device=device))
             parts["label"] = torch.full_like(label, self.num_classes)

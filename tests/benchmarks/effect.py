@@ -2,9 +2,9 @@
 
     python tests/benchmarks/effect.py --seeds 0 1 2 --out effect
 
-Every run is `priorguide quickstart` itself; runs that are there already are read, not repeated. What is printed are each
-prior's best Fréchet distance and PSNR over all scales, and the verdict that the tool reached by itself on halves of the
-conditions.
+Every run is `priorguide quickstart` itself; runs that are there already are read, not repeated. What is printed are
+each prior's best Fréchet distance and PSNR over all scales, and the verdict that the tool reached by itself on halves
+of the conditions.
 """
 
 import argparse
@@ -19,12 +19,12 @@ TASKS = {"edges": ("fd", min), "classes": ("fd", min), "rotate": ("psnr", max)}
 """The metric that decides each task in this table, and which end of it is good."""
 
 
-def record(task: str, seed: int, out: Path) -> dict[str, Any]:
+def record(task: str, seed: int, out: Path, threads: list[str]) -> dict[str, Any]:
     """The record of one quickstart, run where it is missing."""
     folder = out / f"{task}-{seed}"
     if not (folder / "report" / "record.json").is_file():
         command = [sys.executable, "-m", "priorguide.train.cli", "quickstart", "--task", task]
-        subprocess.run([*command, "--seed", str(seed), "--out", str(folder)], check=True)
+        subprocess.run([*command, "--seed", str(seed), "--out", str(folder), *threads], check=True)
     return json.loads((folder / "report" / "record.json").read_text())
 
 
@@ -40,7 +40,7 @@ def line(task: str, seed: int, found: dict[str, Any]) -> tuple[str, float]:
     value = {prior: row["metrics"][metric]["value"] for prior, row in rows.items()}
     effect = value["base"] / value["self"] if metric == "fd" else value["base"] - value["self"]
     cells = [task, str(seed), f"{found['seconds_total']:.0f} s"]
-    for prior, row in rows.items():
+    for row in rows.values():
         psnr = row["metrics"].get("psnr")
         told = f"{row['metrics']['fd']['value']:.1f}" + (f", {psnr['value']:.2f} dB" if psnr else "")
         told += f", {row['metrics']['accuracy']['value']:.3f}"
@@ -54,11 +54,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--out", type=Path, default=Path("effect"))
+    parser.add_argument("--threads", type=int, help="of each run; all cores by default")
     arguments = parser.parse_args()
-    print("| task | seed | took | self: FD, PSNR, accuracy, scale | base: the same | base / self | the tool's verdict |")
+    threads = ["--threads", str(arguments.threads)] if arguments.threads else []
+    print(
+        "| task | seed | took | self: FD, PSNR, accuracy, scale | base: the same | base / self | the tool's verdict |"
+    )
     print("|---|---|---|---|---|---|---|")
     for task in arguments.tasks:
-        lines = [line(task, seed, record(task, seed, arguments.out)) for seed in arguments.seeds]
+        lines = [line(task, seed, record(task, seed, arguments.out, threads)) for seed in arguments.seeds]
         for text, _ in lines:
             print(text)
         effects = [effect for _, effect in lines]

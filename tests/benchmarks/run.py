@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from priorguide.callbacks.comparison import PriorComparison
 from priorguide.data.labelled import LabelledImages
-from priorguide.sample.guidance import Guidance, unconditional
+from priorguide.sample.guidance import unconditional
 from priorguide.sample.loop import Sampler, sample
 from priorguide.sample.models.pixel import PixelUNet
 from priorguide.train.fine_tune import FineTune
@@ -195,8 +195,8 @@ def overhead(steps: int) -> list[str]:
     return [
         "### The comparison's share of training time",
         "",
-        f"{len(callback.history)} comparisons of 64 conditions, self and base at one scale, in {steps} steps of batch 64: "
-        f"{callback.seconds / total:.0%} of {total:.0f} s.",
+        f"{len(callback.history)} comparisons of 64 conditions, self and base at one scale, in {steps} steps "
+        f"of batch 64: {callback.seconds / total:.0%} of {total:.0f} s.",
         "",
     ]
 
@@ -215,8 +215,8 @@ def main() -> None:
     header = [
         f"## CPU, {datetime.date.today()}",
         "",
-        f"`make benchmark`; {torch.get_num_threads()} threads, {platform.machine()}, Python {platform.python_version()}, "
-        f"{versions}. Ratios are of one run, taken in turns; absolute times are this machine's.",
+        f"`make benchmark`; {torch.get_num_threads()} threads, {platform.machine()}, "
+        f"Python {platform.python_version()}, {versions}. Ratios are of one run, taken in turns; absolute times are this machine's.",
         "",
     ]
     text = "\n".join([*header, *lines])

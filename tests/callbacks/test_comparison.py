@@ -11,6 +11,7 @@ import torch
 from fits import Pictures, Seer, same, seed, trainer, tuning, weights
 from oracle import TwoRungs, assert_near, pixel_model
 from PIL import Image
+
 from priorguide.callbacks.comparison import PriorComparison
 from priorguide.sample.loop import Sampler
 from priorguide.sample.models.pixel import PixelUNet

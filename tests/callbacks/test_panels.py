@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+
 from priorguide.callbacks.panels import GAP, READABLE, grid, panel
 
 

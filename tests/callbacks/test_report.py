@@ -7,13 +7,14 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
+
 from priorguide.callbacks import report as report_module
 from priorguide.callbacks.charts import Line, Point, curves, tick_texts, ticks
 from priorguide.callbacks.gallery import BUDGET, most_different
 from priorguide.callbacks.quantities import duration, measured, memory, number
 from priorguide.callbacks.report import write_report
 from priorguide.callbacks.tables import terminal_table
-from rich.console import Console
 
 VOID = {"meta", "img", "br", "link", "input"}
 

@@ -1,6 +1,6 @@
 """Run by test_comparison_ddp.py: a fit with comparisons on DEVICES processes, its pictures and noise left in FOLDER.
 
-    python two_processes.py FOLDER DEVICES
+python two_processes.py FOLDER DEVICES
 """
 
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from fits import Pictures, Seer, seed, trainer, tuning
 from oracle import pixel_model
+
 from priorguide.callbacks.comparison import PriorComparison
 from priorguide.sample.loop import Sampler
 from priorguide.sample.seeds import SeededNoise
@@ -62,4 +63,6 @@ if __name__ == "__main__":
     noise = {number: torch.stack(pictures) for number, pictures in drawn.items()}
     pictures = [{f"{name} {scale}": images for (name, (scale,)), images in e.pictures.items()} for e in evaluations]
     after = torch.rand(4)  # ranks train with noise of their own
-    torch.save({"noise": noise, "pictures": pictures, "rows": callback.history, "rng": after}, folder / f"rank{rank}.pt")
+    torch.save(
+        {"noise": noise, "pictures": pictures, "rows": callback.history, "rng": after}, folder / f"rank{rank}.pt"
+    )

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from priorguide.data import fashion
 from priorguide.data.classifier import RESOLUTION, GarmentClassifier, accuracy, train
 from priorguide.data.images import fit

@@ -12,6 +12,7 @@ from pathlib import Path as File
 import numpy as np
 import pytest
 import torch
+
 from priorguide.data import fashion
 from priorguide.data.fashion import build, read_idx, read_idx_pair, read_parquet
 

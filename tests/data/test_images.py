@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from priorguide.data.images import UNREADABLE, decode, fit
 
 

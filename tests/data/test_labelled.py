@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
+
 from priorguide.data.labelled import LabelledImages
 from priorguide.data.sources import BadImages
 

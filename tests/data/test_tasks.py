@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from priorguide.data import fashion
 from priorguide.data.images import fit
 from priorguide.data.tasks import TASKS, classes, edge_map, edges, find, rotate, turn

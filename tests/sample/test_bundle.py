@@ -13,13 +13,14 @@ import sys
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+
 from priorguide.sample import models
 from priorguide.sample.bundle import Bundle, BundleError, Recorded, verify
 from priorguide.sample.guidance import Guidance, unconditional
 from priorguide.sample.loop import Sampler
 from priorguide.sample.manifest import canonical
 from priorguide.sample.models.pixel import PixelUNet
-from safetensors.torch import load_file, save_file
 
 SAMPLER = Sampler(steps=3, options={"timestep_spacing": "trailing"})
 

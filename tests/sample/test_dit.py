@@ -6,6 +6,8 @@ import pickle
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel
+from safetensors.torch import save_file
+
 from priorguide.sample.guidance import unconditional
 from priorguide.sample.latents import latent_space
 from priorguide.sample.model import keep_only
@@ -13,7 +15,6 @@ from priorguide.sample.models import find
 from priorguide.sample.models.dit import DiT
 from priorguide.sample.models.dit_network import DiTNetwork
 from priorguide.sample.models.pixel import PixelUNet
-from safetensors.torch import save_file
 
 
 @pytest.fixture

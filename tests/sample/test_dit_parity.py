@@ -3,6 +3,7 @@
 import parity
 import pytest
 import torch
+
 from priorguide.sample.guidance import guide, unconditional
 from priorguide.sample.loop import make_scheduler, sample
 from priorguide.sample.model import keep_only

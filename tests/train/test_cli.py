@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import write_idx
 from oracle import pixel_model
 from PIL import Image
+from runs import write_idx
+
 from priorguide.sample.bundle import Bundle
 from priorguide.train.cli import main, parse_scales
 from priorguide.train.errors import innermost, sentence

@@ -8,12 +8,13 @@ import pytest
 import torch
 from fits import CLASSES, Pictures, pictures, same, seed, trainer, tuning, weights
 from oracle import Mixture, pixel_model
+from torch import nn
+
 from priorguide.sample.models.pixel import PixelUNet
 from priorguide.sample.noise import DiscretePath, FlowPath
 from priorguide.train.checkpoint import Checkpoint
 from priorguide.train.fine_tune import FineTune
 from priorguide.train.objective import Drop
-from torch import nn
 
 
 class Watch(L.Callback):

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import CONFIGS, small, write_idx
+from runs import CONFIGS, small, write_idx
+
 from priorguide.sample.bundle import Bundle
 from priorguide.train.cli import main
 

@@ -18,8 +18,8 @@ class PixelUNet(DiffusionModel):
 
     Condition parts: "label" (B,) in [0, num_classes), null num_classes, the last class row; and "image"
     (B, image_channels, H, W) in [-image_gain, image_gain], concatenated to the input, null the zero (mid-grey) picture.
-    A model has either, both (one rung: both are kept or both dropped) or neither. With `image_gain` above 1 the channels
-    that fine-tuning adds learn faster than what they were added to, at one learning rate.
+    A model has either, both (one rung: both are kept or both dropped) or neither. With `image_gain` above 1 the
+    channels that fine-tuning adds learn faster than what they were added to, at one learning rate.
     """
 
     def __init__(

@@ -216,7 +216,8 @@ def main() -> None:
         f"## CPU, {datetime.date.today()}",
         "",
         f"`make benchmark`; {torch.get_num_threads()} threads, {platform.machine()}, "
-        f"Python {platform.python_version()}, {versions}. Ratios are of one run, taken in turns; absolute times are this machine's.",
+        f"Python {platform.python_version()}, {versions}. "
+        "Ratios are of one run, taken in turns; absolute times are this machine's.",
         "",
     ]
     text = "\n".join([*header, *lines])

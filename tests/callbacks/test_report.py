@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from priorguide.callbacks import report as report_module
 from priorguide.callbacks.charts import Line, Point, curves, tick_texts, ticks
 from priorguide.callbacks.gallery import BUDGET, most_different
 from priorguide.callbacks.quantities import duration, measured, memory, number
@@ -328,7 +327,7 @@ def test_a_failed_write_leaves_the_last_page_and_nothing_else(tmp_path, monkeypa
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(report_module.os, "replace", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError, match="No space"):
         write_report(tmp_path, a_record() | {"title": "another"})
     assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]

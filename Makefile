@@ -14,7 +14,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/priorguide quickstart
 
 test: $(VENV)/.installed lint types
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow

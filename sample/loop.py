@@ -56,6 +56,8 @@ def make_scheduler(model: DiffusionModel, name: str = "ddim", **options: Any) ->
     known = inspect.signature(scheduler_class.__init__).parameters
     if unknown := set(options) - set(known):
         raise ValueError(f"{SCHEDULERS[name]} has no option {sorted(unknown)}")
+    if name == "ddim" and options.get("timestep_spacing") == "linspace":
+        raise ValueError("DDIM in diffusers does not step along linspace times; choose trailing or leading")
     prediction = model.prediction
     # On a table of alpha-bar no scheduler means this flow; ancestral Euler lacks sample.
     if prediction == "flow_prediction" or (prediction == "sample" and name == "euler_ancestral"):

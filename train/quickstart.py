@@ -33,14 +33,14 @@ TASKS = {
         "Edges to garments",
         "An unconditional model of garments, fine-tuned on 1,000 pairs to draw a garment from its edge map.",
         (1, 1.5, 2, 3),
-        2000,
+        1500,
     ),
     "classes": Task(
         "fashion_classes.yaml",
         "Garments by class",
         "An unconditional model of garments, fine-tuned on 500 labelled pictures to draw a garment of a class.",
         (1, 1.5, 2, 3),
-        1000,
+        800,
     ),
     "rotate": Task(
         "fashion_rotate.yaml",
@@ -48,7 +48,7 @@ TASKS = {
         "An unconditional model of upright garments, fine-tuned on 1,500 pairs to turn a garment by multiples of 45 "
         "degrees: most of what it learns to draw lies outside the base's domain.",
         (1, 1.5, 2, 3),
-        1000,
+        800,
     ),
 }
 

@@ -17,7 +17,7 @@ class PixelUNet(DiffusionModel):
     """Pixels in [-1, 1], folded (space to depth) so that a few channels see a whole picture; cosine path.
 
     Condition parts: "label" (B,) in [0, num_classes), null num_classes, the last class row; and "image"
-    (B, image_channels, H, W) in [-image_gain, image_gain], concatenated to the input, null the zero (mid-grey) picture.
+    (B, image_channels, H, W) in [0, image_gain], concatenated to the input, null the zero picture.
     A model has either, both (one rung: both are kept or both dropped) or neither. With `image_gain` above 1 the
     channels that fine-tuning adds learn faster than what they were added to, at one learning rate.
     """
@@ -137,7 +137,7 @@ class PixelUNet(DiffusionModel):
             if batch["image"].shape[1:] != (self.image_channels, side, side):
                 expected, found = f"(B, {self.image_channels}, {side}, {side})", tuple(batch["image"].shape)
                 raise ValueError(f"the condition's image must have shape {expected}, got {found}")
-            parts["image"] = self.image_gain * (batch["image"] * 2 - 1)
+            parts["image"] = self.image_gain * batch["image"]
         return parts
 
     def null(self, condition: Condition) -> Condition:

@@ -150,7 +150,7 @@ def with_plain_torch(first: int, last: int) -> float:
         if step == first:
             start = time.perf_counter()
         batch = batches[step]
-        x_0, image = F.pixel_unshuffle(batch["pixels"] * 2 - 1, 2), batch["image"] * 2 - 1
+        x_0, image = F.pixel_unshuffle(batch["pixels"] * 2 - 1, 2), batch["image"]
         image = torch.where(torch.rand(len(x_0), 1, 1, 1) < 0.1, 0.0, image)
         t = torch.randint(1000, (len(x_0),))
         alpha, sigma = (c.float().view(-1, 1, 1, 1) for c in path.coefficients(t))

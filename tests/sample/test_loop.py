@@ -190,3 +190,8 @@ def test_on_step_counts_and_may_end_the_sampling():
     with pytest.raises(KeyboardInterrupt):
         trajectories(mixture, labels(0, 1), [0], [Guidance((1.0,))], on_step=stop, **settings)
     assert mixture.rows == [1]
+
+
+def test_ddim_refuses_times_it_would_not_step_along():
+    with pytest.raises(ValueError, match="linspace times; choose trailing"):
+        make_scheduler(pixel_model(), "ddim", timestep_spacing="linspace")

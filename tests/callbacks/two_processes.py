@@ -63,6 +63,5 @@ if __name__ == "__main__":
     noise = {number: torch.stack(pictures) for number, pictures in drawn.items()}
     pictures = [{f"{name} {scale}": images for (name, (scale,)), images in e.pictures.items()} for e in evaluations]
     after = torch.rand(4)  # ranks train with noise of their own
-    torch.save(
-        {"noise": noise, "pictures": pictures, "rows": callback.history, "rng": after}, folder / f"rank{rank}.pt"
-    )
+    found = {"noise": noise, "pictures": pictures, "rows": callback.history, "rng": after}
+    torch.save(found, folder / f"rank{rank}.pt")

@@ -2,12 +2,12 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from fits import same
 from runs import CONFIGS, small, write_idx
 
 from priorguide.sample.bundle import Bundle
@@ -37,62 +37,63 @@ def with_data(content: dict, folder: Path) -> dict:
     return content
 
 
-def journey(content: dict, folder: Path) -> None:
-    """Fit, compare, export; the bundle, loaded again, gives the very pictures that were recorded."""
+def fit(content: dict, folder: Path) -> Path:
+    """The run's folder, after the config's two steps and its one comparison."""
     run = Path(content["trainer"]["default_root_dir"])
     (file := folder / "config.yaml").write_text(yaml.safe_dump(content))
     assert main(["fit", "--config", str(file)]) == 0
-    stored = yaml.safe_load((run / "config.yaml").read_text())
-    assert stored["trainer"]["max_steps"] == 2
-    held = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-    assert held["global_step"] == 2
-    if not any(callback["class_path"].endswith("PriorComparison") for callback in content["trainer"]["callbacks"]):
-        assert main(["export", str(run), "--model-only"]) == 0
-        bundle = Bundle.load(run / "model")
-        average = {name: tensor for name, tensor in held["state_dict"].items() if name.startswith("average.")}
-        stored = bundle.model.network.state_dict()
-        assert all(torch.equal(stored[name.removeprefix("average.")], tensor) for name, tensor in average.items())
-        return
-    assert len((run / "compare" / "metrics.jsonl").read_text().splitlines()) == 1
-    assert (run / "compare" / "panel-00000002.png").is_file()
-    assert main(["compare", str(run), "--scales", "1,2"]) == 0
-    record = json.loads((run / "comparison" / "record.json").read_text())
-    assert {(row["prior"], *row["scales"]) for row in record["rows"]} >= {("none", 1.0), ("self", 2.0)}
+    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_steps"] == 2
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+    if priors(content):
+        assert len((run / "compare" / "metrics.jsonl").read_text().splitlines()) == 1
+        assert (run / "compare" / "panel-00000002.png").is_file()
+    return run
+
+
+def priors(content: dict) -> list[str]:
+    """The candidates of the config's comparison, none where it has no comparison."""
+    found = [callback["init_args"].get("priors", {}) for callback in content["trainer"]["callbacks"]]
+    return [name for names in found for name in names]
+
+
+def check_comparison(folder: Path) -> None:
+    record = json.loads((folder / "record.json").read_text())
+    assert {row["prior"] for row in record["rows"]} >= {"none", "self"}
     assert record["history"][0]["step"] == record["step"] == 2 and record["verdict"]["sentence"]
-    assert (run / "comparison" / "index.html").stat().st_size > 10_000
-    other = next((name for name in stored_priors(content) if name != "self"), "self")
-    assert main(["export", str(run), "--prior", other, "--scale", "2"]) == 0
-    bundle = Bundle.load(run / "bundle")
+    assert (folder / "index.html").stat().st_size > 10_000 and (folder / "panel.png").is_file()
+
+
+def check_bundle(folder: Path) -> Bundle:
+    """Loaded again, it gives the very pictures that were recorded."""
+    bundle = Bundle.load(folder)
     recorded = bundle.recorded()
-    again = bundle.sample(recorded.condition, recorded.seeds)
-    assert torch.equal(again, recorded.pictures) and recorded.pictures.std() > 0
-    assert bundle.guidance is not None and bundle.guidance.scales == (2.0,)
-    prior = bundle.guidance.prior
-    assert prior is None if other == "self" else prior is not None and prior.model is not bundle.model
-
-
-def stored_priors(content: dict) -> list[str]:
-    callbacks = content["trainer"]["callbacks"]
-    return next(list(c["init_args"]["priors"]) for c in callbacks if c["class_path"].endswith("PriorComparison"))
+    assert torch.equal(bundle.sample(recorded.condition, recorded.seeds), recorded.pictures)
+    assert recorded.pictures.std() > 0
+    return bundle
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda config: config.stem)
-def test_every_config_goes_the_whole_way(config, base, tmp_path, not_apart):
+def test_every_config_goes_the_whole_way(config, base, tmp_path, monkeypatch):
+    # A process of its own verifies each export; those of other tests are enough for its seconds.
+    monkeypatch.setattr("priorguide.train.export.verify_apart", lambda folder: "not verified apart")
     content = yaml.safe_load(config.read_text())
     if "model" not in content or "data" not in content:
         pytest.skip(f"{config.name} is an overlay for other configs")
-    journey(with_data(small(config, tmp_path / "run", base), tmp_path), tmp_path)
-
-
-def test_the_bundle_is_replayed_in_a_process_of_its_own(run, tmp_path, capsys):
-    assert main(["export", str(run), "--out", str(tmp_path / "bundle")]) == 0
-    assert "bit for bit the same" in capsys.readouterr().out
-
-
-@pytest.fixture
-def not_apart(monkeypatch):
-    """Exports without the process that verifies them: one test is enough for its seconds."""
-    monkeypatch.setattr("priorguide.train.export.verify_apart", lambda folder: "not verified apart")
+    content = with_data(small(config, tmp_path / "run", base), tmp_path)
+    run = fit(content, tmp_path)
+    if not priors(content):
+        assert main(["export", str(run), "--model-only"]) == 0
+        held = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        average = {name.removeprefix("average."): part for name, part in held.items() if name.startswith("average.")}
+        assert same(dict(Bundle.load(run / "model").model.network.state_dict()), average)
+        return
+    assert main(["compare", str(run), "--scales", "1,2"]) == 0
+    check_comparison(run / "comparison")
+    other = sorted(priors(content), key="self".__eq__)[0]  # another than self, where there is one
+    assert main(["export", str(run), "--prior", other, "--scale", "2"]) == 0
+    guidance = check_bundle(run / "bundle").guidance
+    assert guidance is not None and guidance.scales == (2.0,)
+    assert (guidance.prior is None) == (other == "self")
 
 
 def blocks(language: str) -> list[str]:
@@ -100,24 +101,21 @@ def blocks(language: str) -> list[str]:
 
 
 def test_bring_your_own(base, tmp_path, capsys, monkeypatch):
-    """The page's own code and config, in two quick steps; and its commands are ones that there are."""
+    """The page's own code, config and commands, in two quick steps."""
     (code,), (config,), (commands,) = blocks("python"), blocks("yaml"), blocks("sh")
     (tmp_path / "mine.py").write_text(code)
     (tmp_path / "colours.yaml").write_text(config)
     monkeypatch.syspath_prepend(tmp_path)
-    content = small(tmp_path / "colours.yaml", tmp_path / "runs" / "colours", base)
-    with monkeypatch.context() as patch:
-        patch.setattr("priorguide.train.export.verify_apart", lambda folder: "")
-        journey(content, tmp_path)
     monkeypatch.chdir(tmp_path)
-    shutil.rmtree("runs/colours/comparison")
-    shutil.rmtree("runs/colours/bundle")
+    run = fit(small(tmp_path / "colours.yaml", Path("runs/colours"), base), tmp_path)
+    lines = [line.split()[1:] for line in commands.splitlines() if line.startswith("priorguide ")]
+    assert [words[0] for words in lines] == ["fit", "compare", "export", "sample"]
     capsys.readouterr()
-    lines = [line.split() for line in commands.splitlines() if line.startswith("priorguide ")]
-    assert [words[1] for words in lines] == ["fit", "compare", "export", "sample"]
-    for words in lines[1:]:  # the export verifies itself in a process that must import the page's module
-        assert main(words[1:]) == 0
-    assert "bit for bit the same" in capsys.readouterr().out
+    for words in lines[1:]:
+        assert main(words) == 0
+    assert "bit for bit the same" in capsys.readouterr().out  # said by a process that had to import the page's module
+    check_comparison(run / "comparison")
+    assert type(check_bundle(run / "bundle").model).__name__ == "Colours"
     assert len(list(Path("samples").iterdir())) == 16
 
 

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from math import isfinite
 
 from .errors import UsageError, sentence
 
@@ -138,9 +139,12 @@ def parse_scales(text: str | None) -> list[tuple[float, ...]] | None:
     if text is None:
         return None
     try:
-        return [tuple(float(number) for number in scales.split(":")) for scales in text.split(",")]
+        scales = [tuple(float(number) for number in part.split(":")) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"scales must look like 1,1.5,3 or 1.5:7.5, got {text!r}") from None
+        scales = []
+    if not scales or not all(isfinite(number) for part in scales for number in part):
+        raise ValueError(f"scales must look like 1,1.5,3 or 1.5:7.5, got {text!r}")
+    return scales
 
 
 def _need(package: str, command: str) -> None:

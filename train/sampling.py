@@ -14,6 +14,8 @@ def sample(args: argparse.Namespace) -> int:
     out = File(args.out)
     if out.exists():
         raise ValueError(f"{out} exists already; choose a new --out, or remove it")
+    if args.steps is not None and args.steps < 1:
+        raise ValueError(f"steps must be at least 1, got {args.steps}")
     bundle = Bundle.load(args.bundle, device=args.device)
     if bundle.guidance is None:
         raise ValueError(f"{args.bundle} holds a model without guidance; export a bundle from a run")
@@ -57,7 +59,11 @@ def parse_seeds(text: str) -> list[int]:
     try:
         if ":" in text:
             first, last = text.split(":")
-            return list(range(int(first), int(last)))
-        return [int(seed) for seed in text.split(",")]
+            seeds = list(range(int(first), int(last)))
+        else:
+            seeds = [int(seed) for seed in text.split(",")]
     except ValueError:
-        raise ValueError(f"seeds must look like 0:16 or 3,5,8, got {text!r}") from None
+        seeds = []
+    if not seeds:
+        raise ValueError(f"seeds must look like 0:16 or 3,5,8, got {text!r}")
+    return seeds

@@ -2,7 +2,6 @@
 
 import os
 import time
-import warnings
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path as File
@@ -55,7 +54,6 @@ TASKS = {
 
 def quickstart(task_name: str, out: str | None, seed: int, threads: int | None) -> File:
     """Runs a task into a new folder: config, checkpoints, comparisons, bundle/, report/index.html."""
-    warnings.filterwarnings("ignore", ".*litlogger.*")
     task = TASKS[task_name]
     folder = File(out) if out else File("quickstart") / task_name
     refuse_existing(folder)

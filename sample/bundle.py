@@ -166,7 +166,7 @@ class Bundle:
         folder = File(folder)
         manifest = verify(folder)
         with refusing(folder):
-            model = load_model(folder, manifest["model"])
+            model = load_model(folder, manifest["model"], "model")
             prior = load_prior(folder, manifest["prior"], model, manifest["model"]) if manifest["prior"] else None
             apart = prior.model if prior and prior.model is not model else None
             if not same_tensors(load_file(folder / NULL), nulls_of(model, apart)):

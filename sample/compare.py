@@ -51,7 +51,7 @@ def compare(
     unique: dict[object, Guidance] = {}
     same = {}
     for arm, guidance in candidates.items():
-        how: object = (guidance.scales, guidance.interval, guidance.rescale, guidance.guider)
+        how: object = (guidance.scales, guidance.interval, guidance.rescale, guidance.guider, guidance.channels)
         key = how if guidance.scales[0] == 1 else arm
         same[arm] = key
         unique.setdefault(key, guidance)

@@ -11,18 +11,25 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .guidance import Prior, unconditional
-from .manifest import BundleError, canonical
+from .manifest import NULL, BundleError, canonical
 from .model import DiffusionModel
 from .models import find
 
 
-def companions(model: DiffusionModel) -> dict[str, nn.Module]:
-    """The frozen modules that the model needs besides its network (an autoencoder, say).
+def companions(model: DiffusionModel) -> dict[str, Any]:
+    """What the model needs besides its network: frozen modules (an autoencoder, a text encoder), and a tokenizer.
 
-    A module's attribute is its folder's name and its keyword in `from_components`.
+    Its attribute is its folder's name and its keyword in `from_components`.
     """
     children = {name: child for name, child in model.named_children() if child is not model.network}
-    return {name: child for name, child in children.items() if child.state_dict()}
+    found: dict[str, Any] = {name: child for name, child in children.items() if child.state_dict()}
+    tokenizer = getattr(model, "tokenizer", None)
+    return found if tokenizer is None else {**found, "tokenizer": tokenizer}
+
+
+def own_nulls(model: DiffusionModel) -> dict[str, Tensor]:
+    """The nulls that no network holds, such as the encoding of an empty prompt: buffers `null_<part>` (1, ...)."""
+    return {name: tensor for name, tensor in model.named_buffers(recurse=False) if name.startswith("null_")}
 
 
 def describe(model: DiffusionModel, folder: str, components: Collection[str] = ()) -> dict[str, Any]:
@@ -31,6 +38,7 @@ def describe(model: DiffusionModel, folder: str, components: Collection[str] = (
         "class": type(model).__name__,
         "folder": folder,
         "components": sorted(components),
+        "nulls": sorted(own_nulls(model)),
         "config": model.config(),
         "path": {"class": type(model.path).__name__, **model.path.scheduler_config()},
         "prediction": model.prediction,
@@ -51,8 +59,12 @@ def _agree(stored: Any, own: Any) -> bool:
     return type(stored) is type(own) and stored == own
 
 
-def load_model(folder: File, stored: dict[str, Any], prefix: str = "") -> DiffusionModel:
-    """The model that `describe` described, from the folder's `<prefix><network_name>/` and its companions' folders."""
+def load_model(folder: File, stored: dict[str, Any], whose: str, prefix: str = "") -> DiffusionModel:
+    """The model that `describe` described, from the folder's `<prefix><network_name>/` and its companions' folders.
+
+    `whose`: "model" or "prior", by which its nulls are filed.
+    """
+    stored = {"nulls": [], **stored}  # bundles from before there were any
     model_class = find(stored["class"])
     place = prefix + model_class.network_name
     network = _restore(model_class.load_network(str(folder / place)), folder / place)
@@ -60,8 +72,10 @@ def load_model(folder: File, stored: dict[str, Any], prefix: str = "") -> Diffus
     for name in stored["components"]:
         if not name.isidentifier():
             raise BundleError(f"a component's name must be a plain word, got {name!r}")
-        components[name] = _restore(DiffusionModel.load_network(str(folder / name)), folder / name)
-    model = model_class.from_components(network, **components, **stored["config"])
+        components[name] = load_companion(folder / name)
+    filed = load_file(folder / NULL)
+    nulls = {name: filed[f"{whose}.{name.removeprefix('null_')}"] for name in stored["nulls"]}
+    model = model_class.from_components(network, **components, **nulls, **stored["config"])
     own = json.loads(canonical(describe(model, place, companions(model))))
     for name in own:
         if not _agree(stored.get(name), own[name]):
@@ -72,7 +86,7 @@ def load_model(folder: File, stored: dict[str, Any], prefix: str = "") -> Diffus
 def load_prior(folder: File, stored: dict[str, Any], model: DiffusionModel, of_model: dict[str, Any]) -> Prior:
     """The prior bound onto `model`, which `of_model` describes: its own network's, or the model with parts kept."""
     own = {name: value for name, value in stored.items() if name != "keep"}
-    base = model if own == of_model else load_model(folder, own, "unconditional_")
+    base = model if own == of_model else load_model(folder, own, "prior", "unconditional_")
     return unconditional(base, onto=model, keep=frozenset(stored["keep"]))
 
 
@@ -91,16 +105,39 @@ def _restore(module: nn.Module, folder: File) -> nn.Module:
     return module
 
 
-def save_network(network: nn.Module, folder: File) -> None:
+def load_companion(folder: File) -> Any:
+    """A frozen module of diffusers or transformers, or a tokenizer, as its folder's JSON names it."""
+    import transformers
+
+    if (file := folder / "tokenizer_config.json").is_file():
+        name = json.loads(file.read_text()).get("tokenizer_class")
+        kind = getattr(transformers, str(name), None)
+        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedTokenizerBase)):
+            raise BundleError(f"{folder.name}/ must name a tokenizer of transformers, got {name!r}")
+        return kind.from_pretrained(folder, local_files_only=True)
+    config = json.loads((folder / "config.json").read_text())
+    if "architectures" not in config:
+        return _restore(DiffusionModel.load_network(str(folder)), folder)
+    name = (config["architectures"] or [None])[0]
+    kind = getattr(transformers, str(name), None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise BundleError(f"{folder.name}/ must name a model of transformers, got {name!r}")
+    return _restore(kind.from_pretrained(folder, use_safetensors=True, local_files_only=True), folder)
+
+
+def save_network(network: Any, folder: File) -> None:
     """`save_pretrained`, for tied, shared and non-contiguous tensors too, and without the path it was loaded from.
 
     ValueError for a module that has no `save_pretrained`.
     """
     if not hasattr(network, "save_pretrained"):
         raise ValueError(f"a {type(network).__name__} has no save_pretrained, as diffusers' models have, to save it by")
+    if not isinstance(network, nn.Module):  # a tokenizer
+        network.save_pretrained(str(folder))
+        return
     hook = network.register_state_dict_post_hook(lambda module, state, prefix, metadata: state.update(plain(state)))
     try:
-        network.save_pretrained(str(folder), safe_serialization=True)  # type: ignore[operator]
+        network.save_pretrained(str(folder))  # type: ignore[operator]
     finally:
         hook.remove()
     file = folder / "config.json"

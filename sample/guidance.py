@@ -138,6 +138,8 @@ class Guidance:
     prior: None is the self prior.
     interval: (low, high) in the model's t; outside it the conditional prediction stands alone (arXiv 2404.07724).
     rescale: phi in [0, 1], see `rescale`.
+    channels: so many of the first channels are guided, the rest are the conditional prediction's; None guides all. The
+        authors of DiT guide 3 of 4.
     guider, guider_options: a name in GUIDERS in place of `guide` (one-rung ladders), and its own arguments.
     """
 
@@ -147,6 +149,7 @@ class Guidance:
     rescale: float = 0.0
     guider: str | None = None
     guider_options: Mapping[str, Any] = field(default_factory=dict)
+    channels: int | None = None
 
     def check(self, model: DiffusionModel) -> None:
         """ValueError unless this guidance fits the model's ladder."""
@@ -160,6 +163,8 @@ class Guidance:
             raise ValueError("the prior is bound onto another model; bind it with unconditional(base, onto=model)")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"rescale must lie in [0, 1], got {self.rescale}")
+        if self.channels is not None and not 1 <= self.channels <= model.shape[0]:
+            raise ValueError(f"channels must be 1 to {model.shape[0]}, the channels of x_0, got {self.channels}")
         if self.guider is not None and self.guider not in GUIDERS:
             raise ValueError(f"guider must be one of {sorted(GUIDERS)}, got {self.guider!r}")
         if self.guider is not None and len(self.scales) != 1:
@@ -199,4 +204,6 @@ def combine(guidance: Guidance, predictions: Sequence[Tensor], scales: Sequence[
         guided = out.pred if hasattr(out, "pred") else out[0]
     else:
         guided = guide(predictions, scales)
+    if guidance.channels is not None:
+        guided = torch.cat([guided[:, : guidance.channels], predictions[-1][:, guidance.channels :]], 1)
     return rescale(guided, predictions[-1], guidance.rescale) if guidance.rescale else guided

@@ -78,8 +78,10 @@ def check_scheduler(model: DiffusionModel, scheduler: Any) -> None:
     table, own = getattr(model.path, "alphas_cumprod", None), getattr(scheduler, "alphas_cumprod", None)
     if (own is None) != (table is None):
         raise ValueError(f"{name} does not follow a {type(model.path).__name__}: only flow_euler follows a flow")
-    if "learned" in str(scheduler.config.get("variance_type")):
-        raise ValueError(f"{name} wants a learned variance, which denoise does not give; choose a fixed variance_type")
+    if _learned(scheduler) and not model.learned_range:
+        raise ValueError(
+            f"{name} wants a learned variance, which {type(model).__name__} does not give; choose a fixed variance_type"
+        )
     if table is None or own is None:
         return
     if scheduler.config.prediction_type == "flow_prediction":
@@ -87,6 +89,10 @@ def check_scheduler(model: DiffusionModel, scheduler: Any) -> None:
     # UniPC and its kin replace an alpha-bar of exactly 0 by 2**-24.
     if own.shape != table.shape or not torch.allclose(own.double(), table, rtol=1e-4, atol=1e-6):
         raise ValueError(f"{name}'s noise schedule is not the model's; make one with make_scheduler(model)")
+
+
+def _learned(scheduler: Any) -> bool:
+    return str(scheduler.config.get("variance_type")).startswith("learned")
 
 
 @dataclass
@@ -186,7 +192,7 @@ def trajectories(
         if scales not in plans:
             plans[scales] = _plan(model, condition, batch, guidances, scales)
         times = torch.full((batch,), float(t), dtype=torch.float64)
-        predictions = _evaluate(plans[scales], x_t.reshape(count, batch, *model.shape), times, max_batch)
+        predictions, variances = _evaluate(plans[scales], x_t.reshape(count, batch, *model.shape), times, max_batch)
         guided = []
         for g, guidance in enumerate(guidances):
             if guiders[g] is not None:
@@ -198,6 +204,9 @@ def trajectories(
         if wanted != model.prediction:
             alpha, sigma = (like(c, out) for c in model.path.coefficients(times.repeat(count)))
             out = convert(out, x_t, model.prediction, wanted, alpha, sigma)
+        if _learned(scheduler):  # the most conditioned rung's; the scheduler takes it as further channels
+            top = len(model.ladder)
+            out = torch.cat([out, torch.cat([variances[g, top] for g in range(count)])], 1)
         with GivenNoise(draw):
             x = scheduler.step(out, t, x, return_dict=False, **extra)[0]
         if on_step is not None:
@@ -217,6 +226,7 @@ def sample(
     rescale: float = 0.0,
     guider: str | None = None,
     guider_options: Mapping[str, Any] | None = None,
+    channels: int | None = None,
     steps: int | None = None,
     timesteps: Sequence[float] | None = None,
     noise: Tensor | None = None,
@@ -229,7 +239,7 @@ def sample(
         model,
         condition,
         seeds,
-        [Guidance(tuple(scales), prior, interval, rescale, guider, guider_options or {})],
+        [Guidance(tuple(scales), prior, interval, rescale, guider, guider_options or {}, channels)],
         scheduler=scheduler,
         steps=steps,
         timesteps=timesteps,
@@ -242,23 +252,31 @@ def sample(
 
 def _evaluate(
     plan: list[tuple[_Call, Condition]], x_t: Tensor, t: Tensor, max_batch: int | None
-) -> dict[tuple[int, int], Tensor]:
-    """Predictions by (candidate, rung), in float32; x_t (G, B, *shape), t (B,) float64 on the CPU."""
+) -> tuple[dict[tuple[int, int], Tensor], dict[tuple[int, int], Tensor]]:
+    """Predictions, and learned variances where there are any, by (candidate, rung), in float32.
+
+    x_t (G, B, *shape), t (B,) float64 on the CPU.
+    """
     batch = len(t)
-    predictions = {}
+    predictions: dict[tuple[int, int], Tensor] = {}
+    variances: dict[tuple[int, int], Tensor] = {}
     for call, condition in plan:
         located = [prior.locate(x_t[g], t) if prior else (x_t[g], t) for g, _, prior in call.slots]
         x = torch.cat([x for x, _ in located]).to(_device_and_dtype(call.model)[1])
         times = torch.cat([t for _, t in located]).to(x.device, torch.float32)
         rows = max_batch or len(x)
         outs = [
-            call.model.denoise(x[i : i + rows], times[i : i + rows], {k: v[i : i + rows] for k, v in condition.items()})
-            for i in range(0, len(x), rows)
+            call.model.denoise_with_variance(x[part], times[part], {k: v[part] for k, v in condition.items()})
+            for part in (slice(i, i + rows) for i in range(0, len(x), rows))
         ]
-        out = outs[0] if len(outs) == 1 else torch.cat(outs)
-        for (g, k, prior), prediction in zip(call.slots, out.float().split(batch), strict=True):
+        out = torch.cat([prediction for prediction, _ in outs]).float()
+        for (g, k, prior), prediction in zip(call.slots, out.split(batch), strict=True):
             predictions[g, k] = prior.express(prediction, x_t[g], t) if prior else prediction
-    return predictions
+        learned = [variance for _, variance in outs if variance is not None]
+        if learned:
+            slots = [(g, k) for g, k, _ in call.slots]
+            variances |= dict(zip(slots, torch.cat(learned).float().split(batch), strict=True))
+    return predictions, variances
 
 
 def _device_and_dtype(model: DiffusionModel) -> tuple[torch.device, torch.dtype]:

@@ -22,6 +22,9 @@ class DiffusionModel(nn.Module, ABC):
     network_name: ClassVar[str] = "unet"
     """The network's folder in a bundle: diffusers' word for it, "unet" or "transformer"."""
 
+    published_as: ClassVar[tuple[str, ...]] = ()
+    """Class names, of pipelines and of networks, by which diffusers folders say that they hold this model."""
+
     network: nn.Module
     """All that training changes; every other module is frozen and in eval mode."""
     path: Path
@@ -32,6 +35,8 @@ class DiffusionModel(nn.Module, ABC):
     """One x_0, without the batch: (C, H, W), or (C, F, H, W) where there is time."""
     space: str
     """Names what x_0 means (the autoencoder and its scale): predictions mix only within one space."""
+    learned_range: bool = False
+    """Whether the network also predicts its reverse variance, which `denoise_with_variance` then gives."""
 
     def train(self, mode: bool = True) -> Self:
         """Only the network ever trains: every other module stays in eval mode."""
@@ -64,6 +69,13 @@ class DiffusionModel(nn.Module, ABC):
     def denoise(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The prediction at x_t (B, *shape), t (B,) in the network's units; same shape as x_t."""
 
+    def denoise_with_variance(self, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor | None]:
+        """The prediction, and the learned range v of the log variance: -1 is the posterior's, 1 is log beta_t.
+
+        Nichol & Dhariwal 2021 (arXiv 2102.09672, eq. 15), with v moved from [0, 1]; None without `learned_range`.
+        """
+        return self.denoise(x_t, t, condition), None
+
     @abstractmethod
     def decode(self, x_0: Tensor) -> Tensor:
         """x_0 (B, *shape) as pixels (B, C, H, W) in [0, 1]."""
@@ -76,6 +88,12 @@ class DiffusionModel(nn.Module, ABC):
     @abstractmethod
     def tiny(cls) -> Self:
         """Random weights, a second on a CPU, no download: for tests and trial runs."""
+
+    @classmethod
+    def recognise(cls, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+        """What an original checkpoint file with tensors of these names and shapes is to this model's
+        `from_pretrained`, in a few words ("SD 1.x, live and averaged weights"); None where it is nothing to it."""
+        return None
 
     @classmethod
     def from_components(cls, network: nn.Module, **config: Any) -> Self:
@@ -98,8 +116,8 @@ class DiffusionModel(nn.Module, ABC):
         return network_class.from_pretrained(folder, use_safetensors=True, local_files_only=True)
 
     def read_condition(self, **values: str) -> dict[str, Any]:
-        """A batch of one, to be encoded, from the command line's `--condition name=value`; whole numbers are labels,
-        the rest paths of pictures. ValueError for a name that the model does not have, or one that is missing."""
+        """A batch of one, to be encoded, from the command line's `--condition name=value`: "text" is a prompt, whole
+        numbers are labels, the rest paths of pictures. ValueError for a name that the model does not have, or lacks."""
         import torch
 
         from .pictures import read_picture
@@ -107,10 +125,15 @@ class DiffusionModel(nn.Module, ABC):
         known = set().union(*self.ladder)
         if set(values) != known:
             raise ValueError(f"the conditions to give are {sorted(known)}, got {sorted(values)}")
-        return {
-            name: torch.tensor([int(value)]) if value.lstrip("-").isdigit() else read_picture(value)[None]
-            for name, value in values.items()
-        }
+        batch: dict[str, Any] = {}
+        for name, value in values.items():
+            if name == "text":
+                batch[name] = [value]
+            elif value.lstrip("-").isdigit():
+                batch[name] = torch.tensor([int(value)])
+            else:
+                batch[name] = read_picture(value)[None]
+        return batch
 
 
 def check_labels(label: Tensor, num_classes: int) -> Tensor:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def read_picture(path: str | File) -> Tensor:
@@ -16,6 +17,17 @@ def read_picture(path: str | File) -> Tensor:
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not a readable picture: {error}") from error
     return torch.from_numpy(array.copy()).reshape(*array.shape[:2], -1).permute(2, 0, 1)
+
+
+def cover(pixels: Tensor, side: int) -> Tensor:
+    """Pixels (B, C, H, W) in [0, 1] as (B, C, side, side): the shorter side resized (bicubic), the centre cut out."""
+    height, width = pixels.shape[-2:]
+    scale = side / min(height, width)
+    size = [max(side, round(height * scale)), max(side, round(width * scale))]
+    if size != [height, width]:
+        pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
+    top, left = (size[0] - side) // 2, (size[1] - side) // 2
+    return pixels[..., top : top + side, left : left + side]
 
 
 def to_uint8(pixels: Tensor) -> np.ndarray:

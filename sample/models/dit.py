@@ -10,10 +10,11 @@ from diffusers import AutoencoderKL, DiTTransformer2DModel
 from torch import Tensor, nn
 
 from ..checkpoint import choose_weights, read_checkpoint, read_folder
+from ..hub import locate
 from ..latents import latent_space, read_autoencoder, to_latents, to_pixels
 from ..model import Condition, DiffusionModel, check_labels
 from ..noise import DiscretePath
-from .dit_network import DiTNetwork, network_from_diffusers, network_from_state
+from .dit_network import HEADS, DiTNetwork, network_from_diffusers, network_from_state, sizes_of
 
 PIXELS = "pixels in [-1, 1]"
 
@@ -22,10 +23,11 @@ class DiT(DiffusionModel):
     """Pixels in [-1, 1], or the scaled latents of a frozen `vae`; linear path, epsilon.
 
     Condition part "label" (B,) in [0, num_classes), null num_classes, the last class row; without classes there is no
-    condition. A learned variance (the second half of the output channels) is neither trained nor used.
+    condition. With `learn_sigma` the second half of the output channels is the learned range of the variance.
     """
 
     network_name = "transformer"
+    published_as = ("DiTPipeline", "DiTTransformer2DModel", "DiTNetwork")
 
     def __init__(self, network: nn.Module, vae: AutoencoderKL | None = None, space: str | None = None):
         """`space` names the latents of a network that comes without its autoencoder, as a prior may. ValueError where
@@ -49,6 +51,7 @@ class DiT(DiffusionModel):
         self.ladder = (frozenset({"label"} if self.num_classes else ()),)
         self.shape = (channels, size, size)
         self.space = space or PIXELS
+        self.learned_range = config["learn_sigma"]
 
     @classmethod
     def create(
@@ -89,52 +92,76 @@ class DiT(DiffusionModel):
         if not isinstance(base, DiT):
             raise ValueError(f"DiT starts from a DiT, got {type(base).__name__}")
         config: Any = base.network.config
-        network = DiTNetwork.from_config({**config, "num_classes": num_classes})
-        state = base.network.state_dict()
+        with torch.device("meta"):
+            network = DiTNetwork.from_config({**config, "num_classes": num_classes})
+        state = {name: tensor.clone() for name, tensor in base.network.state_dict().items()}
         rows = state["y_embedder.embedding_table.weight"]
         spread = row_std * torch.randn(num_classes, rows.shape[1])
         state["y_embedder.embedding_table.weight"] = torch.cat([rows[-1:] + spread.to(rows), rows[-1:]])
-        network.load_state_dict(state)
-        return cls(network.to(rows), base.vae, base.space)
+        network.load_state_dict(state, assign=True)
+        return cls(network, base.vae, base.space)
 
     @classmethod
     def from_pretrained(
         cls,
-        path: str | File,
+        pretrained_model_name_or_path: str | File,
         *,
+        revision: str | None = None,
         weights: Literal["ema", "model"] = "ema",
         num_heads: int | None = None,
         vae: AutoencoderKL | str | None = None,
         space: str | None = None,
+        prior_only: bool = False,
     ) -> "DiT":
-        """The model from a network's folder, a pipeline's (transformer/ and vae/), or an original checkpoint file.
+        """The model from a pipeline's folder (transformer/ and vae/), a network's, an original file, or any of them on
+        the Hub ("facebook/DiT-XL-2-256").
 
-        `weights`: which set, in a file that holds {model, ema, ...}. `num_heads`: needed for files of other widths than
-        the paper's, see HEADS. `vae`: the autoencoder, or its folder. FileNotFoundError; ValueError says what does not
-        fit.
+        weights: which set, in a file that holds {model, ema, ...}. num_heads: needed for files of other widths than the
+        paper's, see HEADS. vae: the autoencoder, or its folder or Hub id, as original files come without it
+        ("stabilityai/sd-vae-ft-ema"). prior_only: keeps the network alone, in the space that the autoencoder names.
+        Nothing tells SiT's files from DiT's: those networks predict a velocity. FileNotFoundError; ValueError says what
+        does not fit.
         """
-        path = File(path)
+        name = pretrained_model_name_or_path
+        path = locate(name, revision=revision)
+        if path.is_dir() and not any(path.rglob("*.safetensors")):
+            # The authors' own upload is of torch's files alone; they are read with weights only.
+            path = locate(name, revision=revision, allow_patterns=["*.json", "*.bin"])
         if vae is None and (path / "vae").is_dir():
             vae = str(path / "vae")
-        vae = read_autoencoder(vae) if isinstance(vae, str) else vae
+        vae = read_autoencoder(locate(vae)) if isinstance(vae, str) else vae
         if path.is_dir():
             folder = path / cls.network_name
-            return cls(cls.load_network(str(folder if folder.is_dir() else path)), vae, space)
-        state = choose_weights(read_checkpoint(path), weights, path)
-        return cls(network_from_state(state, path, num_heads), vae, space)
+            network = cls.load_network(str(folder if folder.is_dir() else path))
+        else:
+            network = network_from_state(choose_weights(read_checkpoint(path), weights, path), path, num_heads)
+        model = cls(network, vae, space)
+        return cls(network, space=model.space) if prior_only else model
+
+    @classmethod
+    def recognise(cls, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+        if (sizes := sizes_of(shapes)) is None:
+            return None
+        width, classes = sizes["hidden_size"], sizes["num_classes"]
+        channels = (2 if sizes["learn_sigma"] else 1) * sizes["in_channels"]
+        known = "" if width in HEADS else ", num_heads to be given"
+        return f"DiT of width {width}, {sizes['depth']} layers, {classes} classes, {channels} output channels{known}"
 
     @classmethod
     def load_network(cls, folder: str) -> nn.Module:
-        """The network from its folder: a DiTNetwork's, or a diffusers DiTTransformer2DModel's, which is converted.
+        """The network from its folder: a DiTNetwork's, or a diffusers DiTTransformer2DModel's, which is converted (it
+        was a Transformer2DModel once).
 
         FileNotFoundError; ValueError where the folder is another network's, or damaged.
         """
         if not (config := File(folder) / "config.json").is_file():
             raise FileNotFoundError(f"{folder} is no network's folder: it has no config.json")
-        name = json.loads(config.read_text()).get("_class_name")
+        held = json.loads(config.read_text())
+        name = held.get("_class_name")
         if name == "DiTNetwork":
             return read_folder(DiTNetwork, folder)
-        if name == "DiTTransformer2DModel":
+        old = name == "Transformer2DModel" and held.get("norm_type") == "ada_norm_zero"
+        if old or name == "DiTTransformer2DModel":
             return network_from_diffusers(read_folder(DiTTransformer2DModel, folder), folder)
         raise ValueError(f"{config} must name DiTNetwork or DiTTransformer2DModel, got {name!r}")
 
@@ -166,8 +193,12 @@ class DiT(DiffusionModel):
         return {"label": torch.full_like(label, self.num_classes)}
 
     def denoise(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return self.denoise_with_variance(x_t, t, condition)[0]
+
+    def denoise_with_variance(self, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor | None]:
         label = condition["label"] if self.num_classes else torch.zeros(len(x_t), dtype=torch.long, device=x_t.device)
-        return self.network(x_t, t, label)[:, : self.shape[0]]
+        out = self.network(x_t, t, label)
+        return out[:, : self.shape[0]], out[:, self.shape[0] :] if self.learned_range else None
 
     def decode(self, x_0: Tensor) -> Tensor:
         return (x_0 / 2 + 0.5).clamp(0, 1) if self._in_pixels() else to_pixels(self.vae, x_0)

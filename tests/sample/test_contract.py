@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from priorguide.sample.components import own_nulls
 from priorguide.sample.guidance import unconditional
 from priorguide.sample.loop import make_scheduler, sample
 from priorguide.sample.model import DiffusionModel, keep_only
@@ -165,7 +166,7 @@ def test_saved_and_loaded_it_is_the_same_to_the_bit(model, tmp_path):
     model.network.save_pretrained(tmp_path, safe_serialization=True)
     assert not [file.name for file in tmp_path.rglob("*") if file.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
     config = json.loads(json.dumps(model.config()))
-    again = type(model).from_components(type(model).load_network(str(tmp_path)), **config).eval()
+    again = type(model).from_components(type(model).load_network(str(tmp_path)), **own_nulls(model), **config).eval()
     for attribute in ("path", "prediction", "ladder", "shape", "space"):
         assert getattr(again, attribute) == getattr(model, attribute)
     assert again.config() == model.config()

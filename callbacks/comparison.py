@@ -15,7 +15,7 @@ from ..sample.compare import arms, compare
 from ..sample.evaluate import Evaluation, costs_of, judge, to_device
 from ..sample.guidance import Arm, Guidance, unconditional
 from ..sample.loop import Sampler
-from ..sample.model import DiffusionModel
+from ..sample.model import Condition, DiffusionModel
 from ..sample.verdict import Rule
 from .records import write_comparison
 from .wandb_log import log_comparison
@@ -40,6 +40,7 @@ class PriorComparison(L.Callback):
         metric_network: features and class logits of pixels; none leaves those metrics out.
         rule: how the full comparison decides.
         interval: (low, high) in t; outside it there is no guidance.
+        channels: how many of x_0's first channels are guided, all if absent; DiT's authors guide 3 of 4.
         has_target: each condition asks for the very picture that it comes with, so that PSNR means something.
         max_overhead: the most that comparisons may take, as a share of training time; later slots are then skipped.
     """
@@ -58,6 +59,7 @@ class PriorComparison(L.Callback):
         metric_network: nn.Module | None = None,
         rule: Rule | None = None,
         interval: tuple[float, float] | None = None,
+        channels: int | None = None,
         has_target: bool = True,
         max_overhead: float | None = None,
     ):
@@ -70,7 +72,8 @@ class PriorComparison(L.Callback):
         self.num_pictures = min(num_pictures, num_conditions)
         self.num_reference, self.batch_size, self.seed = num_reference, batch_size, seed
         self.metric_network, self.rule = metric_network, rule or Rule()
-        self.interval, self.has_target, self.max_overhead = interval, has_target, max_overhead
+        self.interval, self.channels = interval, channels
+        self.has_target, self.max_overhead = has_target, max_overhead
         self.history: list[dict[str, Any]] = []
         self.skipped: list[int] = []
         self._last_step = -1
@@ -126,7 +129,7 @@ class PriorComparison(L.Callback):
     def candidates(self, model: DiffusionModel, scales: Sequence[Any] | None = None) -> dict[Arm, Guidance]:
         """Every prior at every scale, bound onto the model. ValueError for a base that does not fit."""
         bound = {name: unconditional(base, onto=model) if base else None for name, base in self.priors.items()}
-        return arms(bound, scales or self.scales, {"interval": self.interval})
+        return arms(bound, scales or self.scales, {"interval": self.interval, "channels": self.channels})
 
     def check(self, model: DiffusionModel) -> None:
         """ValueError unless every candidate fits the model, and the scales its ladder."""
@@ -152,12 +155,12 @@ class PriorComparison(L.Callback):
             stack.enter_context(isolate_rng())
             stack.enter_context(torch.no_grad())
             model = stack.enter_context(pl_module.averaged())  # type: ignore[operator]
-            stack.enter_context(self._on(device))
+            stack.enter_context(self.on_device(device))
             candidates = self.candidates(model, scales)
             batch = data.held_out(n)
             mine = _share(n, rank, world)
-            part = to_device({k: v[mine] if isinstance(v, Tensor) else v for k, v in batch.items()}, device)
-            condition = model.encode_condition(part)
+            part = to_device({name: _rows(value, mine) for name, value in batch.items()}, device)
+            condition = _encode(model, part, self.batch_size)
             seeds = [self.seed + int(i) for i in mine]
             pictures = compare(
                 model, condition, seeds, candidates, self.sampler, batch_size=self.batch_size, on_step=on_step
@@ -179,7 +182,7 @@ class PriorComparison(L.Callback):
             )
 
     @contextmanager
-    def _on(self, device: torch.device) -> Iterator[None]:
+    def on_device(self, device: torch.device) -> Iterator[None]:
         """Priors and metric network on the device, and back."""
         guests = [m for m in (self.metric_network, *self.priors.values()) if m is not None]
         homes = [next((p.device for p in m.parameters()), device) for m in guests]
@@ -203,6 +206,21 @@ class PriorComparison(L.Callback):
 def _share(n: int, rank: int, world: int) -> Tensor:
     """A rank's conditions, the same number on every rank; those past the end repeat the first."""
     return torch.arange(rank, rank + world * -(-n // world), world) % n
+
+
+def _encode(model: DiffusionModel, batch: dict[str, Any], size: int) -> Condition:
+    """The batch's condition, encoded `size` rows at a time."""
+    count = len(next(iter(batch.values())))
+    chunks = [
+        model.encode_condition({name: value[start : start + size] for name, value in batch.items()})
+        for start in range(0, count, size)
+    ]
+    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+
+def _rows(value: Any, rows: Tensor) -> Any:
+    """The rows of a tensor or of a list, one per condition."""
+    return value[rows] if isinstance(value, Tensor) else [value[row] for row in rows.tolist()]
 
 
 def _gather(pl_module: L.LightningModule, pictures: dict[Arm, Tensor], n: int, world: int) -> dict[Arm, Tensor]:

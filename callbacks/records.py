@@ -34,7 +34,7 @@ def comparison_panel(evaluation: Evaluation, batch: dict[str, Any]) -> Any:
     """Condition, every arm and target, a row per condition of the batch, as one PIL picture."""
     count = len(next(iter(batch.values())))
     candidates = {candidate_text(*arm): images[:count] for arm, images in evaluation.pictures.items()}
-    return panel(shown(batch, "image"), candidates, shown(batch, "pixels"))
+    return panel(shown(batch, "image"), candidates, shown(batch, "pixels"), batch.get("text", ()))
 
 
 def write_comparison(folder: File, step: int, evaluation: Evaluation, batch: dict[str, Any]) -> None:

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from .checkpoint import read_folder
 
+SLICE = 8
+"""Pictures that are decoded together: the decoder's activations are many times their size."""
+
 
 def read_autoencoder(folder: str | File) -> AutoencoderKL:
     """The autoencoder from a folder that diffusers wrote; ValueError where it is damaged."""
@@ -37,5 +40,6 @@ def to_latents(vae: AutoencoderKL, pixels: Tensor, draw: bool = False) -> Tensor
 
 def to_pixels(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Scaled latents as pixels (B, C, H, W) in [0, 1], float32."""
-    decoded = vae.decode(latents.to(vae.dtype) / vae.config["scaling_factor"]).sample
+    scaled = latents.to(vae.dtype) / vae.config["scaling_factor"]
+    decoded = torch.cat([vae.decode(part).sample for part in scaled.split(SLICE)])
     return (decoded.float() / 2 + 0.5).clamp(0, 1)

@@ -44,6 +44,10 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--scales", default=None, help="e.g. 1,1.5,2,3 or, for longer ladders, 1.5:7.5,1.5:5")
     compare.add_argument("--conditions", type=int, default=None, help="how many held-out conditions")
     compare.add_argument("--out", default=None, help="a new folder (default: RUN/comparison)")
+    text = "a label, a prompt, or a picture's path; repeatable"
+    given = {"action": "append", "default": [], "metavar": "NAME=VALUE", "help": text}
+    compare.add_argument("--condition", **given)  # type: ignore[arg-type]
+    compare.add_argument("--seeds", default="0:4", help="with --condition: pictures alone, no verdict")
 
     export = add("export", "write the fine-tuned model and its prior as one bundle, and check it")
     export.add_argument("run", help="the folder of a fit")
@@ -60,15 +64,9 @@ def parser() -> argparse.ArgumentParser:
     own = {"action": "append", "default": [], "metavar": "MODULE", "dest": "modules", "help": about}
     sample = add("sample", "sample pictures from a bundle")
     sample.add_argument("bundle", help="the bundle's folder")
-    sample.add_argument(
-        "--condition",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="a label, or a picture's path; repeatable",
-    )
+    sample.add_argument("--condition", **given)  # type: ignore[arg-type]
     sample.add_argument("--recorded", action="store_true", help="the bundle's own recorded conditions instead")
-    sample.add_argument("--seeds", default="0:4", help="e.g. 0:16 or 3,5,8")
+    sample.add_argument("--seeds", default=None, help="e.g. 0:16 or 3,5,8 (default: 0:4)")
     sample.add_argument("--scale", default=None, help="in place of the bundle's, e.g. 3 or 1.5:7.5")
     sample.add_argument("--steps", type=int, default=None, help="in place of the bundle's")
     sample.add_argument("--device", default="cpu")
@@ -120,9 +118,13 @@ def _run(args: argparse.Namespace) -> int:
 
         quickstart(args.task, args.out, args.seed, args.threads)
     elif args.command == "compare":
-        from .compare import compare_run
+        from .compare import compare_on, compare_run
 
-        compare_run(args.run, args.checkpoint, parse_scales(args.scales), args.conditions, args.out)
+        scales = parse_scales(args.scales)
+        if args.condition:
+            compare_on(args.run, args.condition, args.seeds, args.checkpoint, scales, args.out)
+        else:
+            compare_run(args.run, args.checkpoint, scales, args.conditions, args.out)
     elif args.command == "export":
         from .export import export_model, export_run
 
@@ -135,7 +137,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def parse_scales(text: str | None) -> list[tuple[float, ...]] | None:
-    """ "1,1.5,3" as [(1,), (1.5,), (3,)], "1.5:7.5" as [(1.5, 7.5)]. ValueError for anything else."""
+    """ "1,1.5,3" as [(1,), (1.5,), (3,)], "1.5:7.5" as [(1.5, 7.5)]. UsageError for anything else."""
     if text is None:
         return None
     try:
@@ -143,7 +145,7 @@ def parse_scales(text: str | None) -> list[tuple[float, ...]] | None:
     except ValueError:
         scales = []
     if not scales or not all(isfinite(number) for part in scales for number in part):
-        raise ValueError(f"scales must look like 1,1.5,3 or 1.5:7.5, got {text!r}")
+        raise UsageError(f"scales must look like 1,1.5,3 or 1.5:7.5, got {text!r}")
     return scales
 
 

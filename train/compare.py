@@ -13,16 +13,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..callbacks.comparison import PriorComparison
+from ..callbacks.panels import panel
 from ..callbacks.quantities import candidate_text
 from ..callbacks.records import comparison_panel, shown
 from ..callbacks.report import write_report
 from ..callbacks.tables import terminal_table
-from ..callbacks.wandb_log import log_result
+from ..callbacks.wandb_log import log_result, scale_name
 from ..callbacks.wandb_run import follow_up
+from ..sample.compare import compare
 from ..sample.evaluate import Evaluation
 from ..sample.manifest import new_folder
 from .fine_tune import FineTune
 from .fit import FitCLI, load_run
+from .sampling import crossed, parse_seeds, read_condition, write_pictures
 
 
 def compare_run(
@@ -42,6 +45,36 @@ def compare_run(
     with follow_up(run, "compare") as logged:
         log_result(logged, record, folder / "index.html")
     return record
+
+
+def compare_on(
+    run: str | File,
+    given: Sequence[str],
+    seeds: str,
+    checkpoint: str | None = None,
+    scales: Sequence[tuple[float, ...]] | None = None,
+    out: str | None = None,
+) -> None:
+    """Every candidate at every scale on conditions of one's own, `name=value`: pictures alone, in a new folder.
+
+    panel.png has a row per condition and seed, and a folder per arm holds its pictures.
+    """
+    folder = File(out) if out else File(run) / "comparison_on"
+    refuse_existing(folder)
+    wanted = parse_seeds(seeds)
+    cli, _ = load_run(run, checkpoint)
+    callback, device = comparison_of(cli), cli.trainer.strategy.root_device
+    with cli.model.to(device).averaged() as model, callback.on_device(device):
+        condition, each = crossed(read_condition(model, given), wanted)
+        candidates = callback.candidates(model, scales)
+        pictures = compare(model, condition, each, candidates, callback.sampler, batch_size=callback.batch_size)
+    titles = {candidate_text(*arm): images for arm, images in pictures.items()}
+    with new_folder(folder) as aside:
+        panel(None, titles, captions=[f"seed {seed}" for seed in each]).save(aside / "panel.png")
+        for (prior, at), images in pictures.items():
+            (place := aside / f"{prior}-{scale_name(at)}").mkdir()
+            write_pictures(place, images, each, len(wanted))
+    print(f"{len(pictures)} candidates on {len(each)} conditions and seeds in {folder}")
 
 
 def refuse_existing(folder: File) -> None:
@@ -68,6 +101,7 @@ def full_comparison(
     callback, fine_tune, data = comparison_of(cli), cli.model, cli.datamodule
     assert isinstance(fine_tune, FineTune)
     data.setup("fit")
+    fine_tune.to(cli.trainer.strategy.root_device)
     start = time.perf_counter()
     with progress() as bar:
         task = bar.add_task("comparing", total=None)
@@ -103,6 +137,7 @@ def full_comparison(
     pictures = {
         "condition": shown(batch, "image"),
         "target": shown(batch, "pixels"),
+        "caption": batch.get("text"),
         "candidates": {candidate_text(*arm): images for arm, images in arms.items()},
     }
     return record, pictures, evaluation

@@ -34,7 +34,7 @@ def model(vectors, file):
 def test_parity_the_prediction_is_asked_for(vectors, file):
     with pytest.raises(ValueError, match="do not tell what they predict: give prediction, 'v_prediction'"):
         StableDiffusion.from_pretrained(file, **heads(vectors.spec["networks"]["network"]))
-    with pytest.raises(ValueError, match="attention heads of a U-Net of widths .* cannot be read off its file"):
+    with pytest.raises(ValueError, match="attention heads of a U-Net of widths .* are not in its file"):
         StableDiffusion.from_pretrained(file, prediction="v_prediction")
 
 

@@ -309,7 +309,7 @@ def test_a_disk_that_fills_up_while_sampling(refused, run, tmp_path, monkeypatch
 
 def test_scales_that_do_not_fit(refused, run, tmp_path):
     out = tmp_path / "out"
-    assert "scales must look like 1,1.5,3" in refused("compare", run, "--out", out, "--scales", "1;2")
+    assert "scales must look like 1,1.5,3" in refused("compare", run, "--out", out, "--scales", "1;2", status=2)
     assert "takes as many scales, got 2" in refused("compare", run, "--out", out, "--scales", "1.5:7.5")
     assert "takes as many scales, got 2" in refused("export", run, "--out", out, "--prior", "self", "--scale", "1:2")
     assert not out.exists()
@@ -345,7 +345,7 @@ def test_a_changed_bundle(refused, run, tmp_path):
 
 def test_conditions_that_cannot_be(refused, run, tmp_path):
     def said(*arguments):
-        return refused("sample", run / "bundle", "--out", tmp_path / "out", *arguments)
+        return refused("sample", run / "bundle", "--out", tmp_path / "out", *arguments, status=2)
 
     Image.new("L", (8, 8)).save(small := tmp_path / "small.png")
     (text := tmp_path / "text.png").write_text("no picture")
@@ -357,7 +357,24 @@ def test_conditions_that_cannot_be(refused, run, tmp_path):
     Image.new("L", (16, 16)).save(good := tmp_path / "good.png")
     assert "seeds must look like 0:16 or 3,5,8" in said("--condition", f"image={good}", "--seeds", "a")
     assert "scales must look like" in said("--condition", f"image={good}", "--scale", "x")
+    assert "takes one scale per rung, such as 3" in said("--condition", f"image={good}", "--scale", "1,2")
+    assert "leave --condition and --seeds out" in said("--recorded", "--seeds", "0:2")
     assert not (tmp_path / "out").exists()
+
+
+def test_conditions_of_ones_own(run, tmp_path):
+    """One picture, two seeds: a grid and an animation of each line come with several conditions only."""
+    Image.new("L", (16, 16)).save(picture := tmp_path / "edges.png")
+    given = ["--condition", f"image={picture}", "--seeds", "0:2"]
+    assert main(["sample", str(run / "bundle"), "--out", str(out := tmp_path / "samples"), *given]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["0000-seed-0.png", "0001-seed-1.png"]
+    where = ["--out", str(out := tmp_path / "compared")]
+    assert main(["compare", str(run), "--scales", "1,2", *given, *where]) == 0
+    folders = {path.name for path in out.iterdir() if path.is_dir()}
+    assert folders == {"self-1", "self-2", "base-1", "base-2"}
+    drawn = {name: (out / name / "0001-seed-1.png").read_bytes() for name in folders}
+    assert drawn["self-1"] == drawn["base-1"] and drawn["self-2"] != drawn["base-2"]
+    assert Image.open(out / "panel.png").width > 4 * 96
 
 
 def test_labels_of_a_bundle_that_cannot_be():

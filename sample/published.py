@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path as File
 from typing import Any, Literal
 
+import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
@@ -123,15 +124,21 @@ def check_schedule(file: File) -> None:
 
 
 def read_text_encoder(folder: File) -> nn.Module:
-    """A CLIP text encoder from its folder. ValueError where weights are missing, which would be random."""
+    """A CLIP text encoder from its folder; see `read_encoder`."""
     from transformers import CLIPTextModel
 
-    loaded: Any = CLIPTextModel.from_pretrained(
-        folder, use_safetensors=True, local_files_only=True, output_loading_info=True
+    return read_encoder(CLIPTextModel, folder)
+
+
+def read_encoder(encoder_class: Any, folder: File) -> nn.Module:
+    """An encoder of transformers from its folder of safetensors, or, where it has none, of torch's own files, which are
+    read with weights only; frozen, in float32. ValueError where weights are missing, which would be random."""
+    pickled = any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors"))
+    encoder, about = encoder_class.from_pretrained(
+        folder, use_safetensors=not pickled, local_files_only=True, output_loading_info=True
     )
-    encoder, about = loaded
     if missing := sorted(about["missing_keys"]):
-        raise ValueError(f"{folder} lacks {len(missing)} of a CLIPTextModel's weights, {missing[0]} for one")
+        raise ValueError(f"{folder} lacks {len(missing)} of a {encoder_class.__name__}'s weights, {missing[0]} for one")
     return encoder.float().requires_grad_(False).eval()
 
 
@@ -183,8 +190,19 @@ def needed(vae: AutoencoderKL | None) -> AutoencoderKL:
 
 
 def tiny_parts(in_channels: int) -> Parts:
-    """Random weights for pictures of 16 x 16, latents of 8 x 8."""
-    unet = UNet2DConditionModel(
+    """Random weights for pictures of 16 x 16, latents of 8 x 8; the same ones always, so that tiny models share their
+    autoencoder and text encoder, as published ones do."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vae, (text_encoder, tokenizer) = tiny_vae(), tiny_text(width=16)
+        unet = tiny_unet(in_channels)
+    context = null_text(text_encoder, tokenizer)
+    return Parts(unet, context, "epsilon", latent_space(vae), vae, text_encoder, tokenizer)
+
+
+def tiny_unet(in_channels: int, width: int = 16) -> UNet2DConditionModel:
+    """Random weights, for latents of 8 x 8 and contexts of `width`."""
+    return UNet2DConditionModel(
         sample_size=8,
         in_channels=in_channels,
         out_channels=4,
@@ -192,10 +210,14 @@ def tiny_parts(in_channels: int) -> Parts:
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
+        cross_attention_dim=width,
         attention_head_dim=2,
         norm_num_groups=8,
     )
+
+
+def tiny_vae() -> AutoencoderKL:
+    """Random weights; pictures are twice the size of their latents."""
     vae = AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 2,
         up_block_types=["UpDecoderBlock2D"] * 2,
@@ -204,7 +226,4 @@ def tiny_parts(in_channels: int) -> Parts:
         norm_num_groups=8,
         scaling_factor=0.18215,
     )
-    vae.requires_grad_(False).eval()
-    text_encoder, tokenizer = tiny_text(width=16)
-    context = null_text(text_encoder, tokenizer)
-    return Parts(unet, context, "epsilon", latent_space(vae), vae, text_encoder, tokenizer)
+    return vae.requires_grad_(False).eval()

@@ -78,6 +78,10 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--device", default="cpu")
     verify.add_argument("--import", **own)  # type: ignore[arg-type]
     verify.add_argument("--hashes-only", action="store_true", help="leave the recorded batch unplayed")
+
+    doctor = add("doctor", "say what a checkpoint, a folder or a Hub id is, and whether it loads")
+    doctor.add_argument("path", help="a file, a folder, or a Hub id, which is fetched")
+    doctor.add_argument("--import", **own)  # type: ignore[arg-type]
     return top
 
 
@@ -104,14 +108,13 @@ def _fit(arguments: list[str]) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.command in ("sample", "verify"):
+    if args.command in ("sample", "verify", "doctor"):
         from importlib import import_module
-
-        from . import sampling
 
         for module in args.modules:
             import_module(module)
-        return getattr(sampling, args.command)(args)
+        module = import_module(".doctor" if args.command == "doctor" else ".sampling", __package__)
+        return getattr(module, args.command)(args)
     _need("lightning", args.command)
     if args.command == "quickstart":
         from .quickstart import quickstart
@@ -156,9 +159,19 @@ def _need(package: str, command: str) -> None:
         raise ModuleNotFoundError(f"`priorguide {command}` needs {package}: pip install 'priorguide[train]'")
 
 
+def _hush() -> None:
+    """transformers draws a bar for every few weights it reads or writes; downloads keep theirs."""
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    enable_progress_bars()
+
+
 def _guarded(run: Callable[[], int]) -> int:
     """One sentence instead of a traceback, unless PRIORGUIDE_TRACEBACK is set."""
     try:
+        _hush()
         return run()
     except KeyboardInterrupt:
         print("priorguide: interrupted", file=sys.stderr)

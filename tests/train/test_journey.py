@@ -52,7 +52,7 @@ def fit(content: dict, folder: Path) -> Path:
 
 def priors(content: dict) -> list[str]:
     """The candidates of the config's comparison, none where it has no comparison."""
-    found = [callback["init_args"].get("priors", {}) for callback in content["trainer"]["callbacks"]]
+    found = [callback.get("init_args", {}).get("priors", {}) for callback in content["trainer"]["callbacks"]]
     return [name for names in found for name in names]
 
 
@@ -72,12 +72,48 @@ def check_bundle(folder: Path) -> Bundle:
     return bundle
 
 
+OVERLAYS = sorted(CONFIGS.glob("*_offline.yaml"))
+"""What makes a config of published models run anywhere."""
+
+
+def under(overlay: Path) -> Path:
+    """The config that an overlay lies over."""
+    return overlay.with_stem(overlay.stem.removesuffix("_offline"))
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda overlay: under(overlay).stem)
+def test_every_published_system_goes_the_whole_way_offline(overlay, tmp_path, monkeypatch):
+    monkeypatch.setattr("priorguide.train.export.verify_apart", lambda folder: "not verified apart")
+    run, content = tmp_path / "run", yaml.safe_load(overlay.read_text())
+    configs = ["--config", str(under(overlay)), "--config", str(overlay)]
+    quiet = ["--trainer.enable_model_summary", "false", "--threads", "1"]
+    assert main(["fit", *configs, "--trainer.default_root_dir", str(run), *quiet]) == 0
+    full = yaml.safe_load(under(overlay).read_text())
+    assert set(priors(content)) <= set(priors(full)) and len(priors(content)) > 1
+    assert main(["compare", str(run)]) == 0
+    record = json.loads((run / "comparison" / "record.json").read_text())
+    scales = record["rows"][-1]["scales"]
+    other = sorted(priors(content), key="self".__eq__)[0]
+    wanted = ":".join(f"{scale:g}" for scale in scales)
+    assert main(["export", str(run), "--prior", other, "--scale", wanted]) == 0
+    assert check_bundle(run / "bundle").guidance.prior is not None
+
+
+@pytest.mark.parametrize("config", [under(overlay) for overlay in OVERLAYS], ids=lambda config: config.stem)
+def test_every_published_systems_config_is_understood(config, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--config", str(config), "--print_config"])
+    assert stopped.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["trainer"]["max_steps"] >= 1000 and printed["model"]["drop"]
+
+
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda config: config.stem)
 def test_every_config_goes_the_whole_way(config, base, tmp_path, monkeypatch):
     # A process of its own verifies each export; those of other tests are enough for its seconds.
     monkeypatch.setattr("priorguide.train.export.verify_apart", lambda folder: "not verified apart")
     content = yaml.safe_load(config.read_text())
-    if "model" not in content or "data" not in content:
+    if "data" not in content or any(config in (overlay, under(overlay)) for overlay in OVERLAYS):
         pytest.skip(f"{config.name} is an overlay for other configs")
     content = with_data(small(config, tmp_path / "run", base), tmp_path)
     run = fit(content, tmp_path)

@@ -7,12 +7,9 @@ unpickled.
 """
 
 import dataclasses
-import importlib.metadata
 import json
 import os
-import platform
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as File
 from typing import Any
@@ -21,9 +18,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .components import companions, describe, load_model, load_prior, nulls_of, plain, same_tensors, save_network
+from .components import (
+    companions,
+    describe,
+    licences_of,
+    load_model,
+    load_prior,
+    nulls_of,
+    plain,
+    same_tensors,
+    save_network,
+)
 from .guidance import Guidance, Prior
 from .loop import SCHEDULERS, Sampler, check_scheduler, trajectories
+from .machine import device_name, environment, threads_of
 from .manifest import FORMAT_VERSION, NULL, RECORDED, BundleError, canonical, new_folder, refusing, seal, verify
 from .model import Condition, DiffusionModel
 
@@ -60,7 +68,9 @@ class Recorded:
             if any(module.training for module in network.modules()):
                 raise ValueError(f"{type(network).__name__} is in train mode; call eval() on it before recording")
         pictures = _pictures(model, condition, seeds, guidance, sampler, sampler.make(model), max_batch)
-        return cls(condition, tuple(seeds), pictures.cpu(), max_batch, torch.get_num_threads(), _device_name(model))
+        return cls(
+            condition, tuple(seeds), pictures.cpu(), max_batch, torch.get_num_threads(), device_name(_device(model))
+        )
 
     def about(self) -> dict[str, Any]:
         return {
@@ -103,11 +113,12 @@ class Bundle:
         recorded: Recorded | None = None,
         evidence: Any = None,
         provenance: Mapping[str, Any] | None = None,
-        licences: Mapping[str, str] | None = None,
+        restricted: bool = False,
     ) -> File:
         """Writes a bundle, whole or not at all, and returns its folder; the model stays as it is.
 
         guidance and sampler come together; recorded needs both. evidence: the record of the decision, any JSON.
+        restricted: also embed a prior that not everybody may use, see `licences_of`.
         FileExistsError where the folder exists, OSError where it cannot be written, ValueError or TypeError for
         guidance that does not fit the model or a record that is not JSON.
         """
@@ -119,6 +130,7 @@ class Bundle:
             guidance.check(model)
         prior = guidance.prior if guidance else None
         apart = prior.model if prior and prior.model is not model else None
+        licences = licences_of(model, apart, restricted)
         nulls = nulls_of(model, apart)
         manifest: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
@@ -130,8 +142,8 @@ class Bundle:
             "recorded": recorded.about() if recorded else None,
             "evidence": evidence,
             "provenance": dict(provenance) if provenance else None,
-            "licences": dict(licences) if licences else None,
-            "environment": _environment(),
+            "licences": licences,
+            "environment": environment(),
         }
         if prior:
             of_prior = describe(apart, f"unconditional_{apart.network_name}") if apart else manifest["model"]
@@ -178,7 +190,9 @@ class Bundle:
                 guidance.make_guider()
                 sampler = _load_sampler(manifest["sampler"])
                 scheduler = _load_scheduler(folder / "scheduler", sampler, model)
-        for network in (model, *([apart] if apart else [])):
+        licences = manifest["licences"] or {}
+        for name, network in (("model", model), *([("prior", apart)] if apart else [])):
+            network.licence = licences.get(name)
             network.eval().to(device)
         return cls(model, guidance, sampler, scheduler, manifest, folder)
 
@@ -215,11 +229,11 @@ class Bundle:
     def replay(self) -> Replay:
         """Samples the recorded batch again, with its own composition and thread count. ValueError if there is none."""
         then = self.recorded()
-        with refusing(self.folder), _threads(then.threads):
+        with refusing(self.folder), threads_of(then.threads):
             pictures = self.sample(then.condition, then.seeds, max_batch=then.max_batch).cpu()
             difference = (pictures - then.pictures).abs().max().item()
         before = {**self.manifest["environment"], "device": then.device}
-        now = {**_environment(), "device": _device_name(self.model)}
+        now = {**environment(), "device": device_name(_device(self.model))}
         changes = {name: (before[name], now.get(name)) for name in before if before[name] != now.get(name)}
         return Replay(pictures, torch.equal(pictures, then.pictures), difference, changes)
 
@@ -269,24 +283,3 @@ def _load_scheduler(folder: File, sampler: Sampler, model: DiffusionModel) -> An
 
 def _device(model: DiffusionModel) -> torch.device:
     return next((parameter.device for parameter in model.network.parameters()), torch.device("cpu"))
-
-
-def _device_name(model: DiffusionModel) -> str:
-    device = _device(model)
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _environment() -> dict[str, str]:
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "safetensors", "priorguide")}
-    machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    return {**versions, "python": platform.python_version(), "machine": machine}
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

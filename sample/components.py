@@ -157,6 +157,22 @@ def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return copies
 
 
+NOT_FOR_ALL = {"CC-BY-NC-4.0", "VideoCrafter (research only)"}
+"""Licences under which weights are published that are for some uses only."""
+
+
+def licences_of(model: DiffusionModel, prior: DiffusionModel | None, restricted: bool) -> dict[str, str | None]:
+    """The licences of both, by whose they are. ValueError for a prior that is not for all, unless `restricted`."""
+    if prior is None:
+        return {"model": model.licence}
+    if prior.licence in NOT_FOR_ALL and not restricted:
+        raise ValueError(
+            f"the prior's weights were published under {prior.licence}, which not everybody may use or pass on: embed "
+            "them with restricted=True (--restricted) if you may, or choose another prior"
+        )
+    return {"model": model.licence, "prior": prior.licence}
+
+
 def nulls_of(model: DiffusionModel, prior: DiffusionModel | None) -> dict[str, Tensor]:
     """The null parts of both, each a batch of one."""
     parts = {f"model.{name}": part for name, part in model.null({}).items()}

@@ -69,8 +69,9 @@ class Prior:
     keep: frozenset[str] = frozenset()
 
     def condition(self, condition: Condition, batch: int) -> Condition:
-        """The prior's own condition for a batch of the model's."""
-        own = condition if self.model is self.onto else {name: condition[name] for name in self.keep}
+        """The prior's own condition for a batch of the model's; what neither of the two ever drops, both have."""
+        seen = self.keep | (self.model.always & self.onto.always)
+        own = condition if self.model is self.onto else {name: condition[name] for name in seen}
         return keep_only(self.model, own, self.keep, batch)
 
     def locate(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,11 @@ _OUTER = {
 _OPEN_CLIP = {
     "embeddings.token_embedding": "token_embedding",
     "embeddings.position_embedding.weight": "positional_embedding",
+    "embeddings.class_embedding": "class_embedding",
+    "embeddings.patch_embedding": "conv1",
+    "pre_layrnorm": "ln_pre",
+    "post_layernorm": "ln_post",
+    "visual_projection.weight": "proj",
     "final_layer_norm": "ln_final",
     "encoder.layers": "transformer.resblocks",
     "layer_norm1": "ln_1",
@@ -86,8 +91,8 @@ def vae_name(own: str, levels: int) -> str:
 
 
 def open_clip_name(own: str) -> str:
-    """open_clip's name of a CLIPTextModel's tensor, with queries, keys and values apart."""
-    name = own.removeprefix("text_model.")
+    """OpenAI's and open_clip's name of a tensor of CLIP's text or image tower, with queries, keys and values apart."""
+    name = own.removeprefix("text_model.").removeprefix("vision_model.")
     for ours, theirs in _OPEN_CLIP.items():
         name = name.replace(ours, theirs)
     return name
@@ -132,7 +137,7 @@ def _under(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 def kind(shapes: Shapes, in_channels: int) -> str | None:
     """ "1.x" or "2.x" by the text encoder, and whether there are averaged weights; None for another U-Net, or no
     text encoder."""
-    text = {CLIP: "1.x", OPEN_CLIP: "2.x"}
+    text = {CLIP: "1.x", f"{OPEN_CLIP}transformer.": "2.x"}
     found = next((text[prefix] for prefix in text if any(name.startswith(prefix) for name in shapes)), None)
     if found is None or shapes.get(f"{UNET}input_blocks.0.0.weight", (0, 0))[1] != in_channels:
         return None
@@ -232,15 +237,15 @@ def read_text_encoder(state: Mapping[str, Tensor], path: str | File, num_heads: 
     from transformers import CLIPTextConfig, CLIPTextModel
 
     own, open_clip = _under(state, CLIP), _under(state, OPEN_CLIP)
-    if not own and not open_clip:
+    if not own and "transformer.resblocks.0.mlp.c_fc.weight" not in open_clip:  # an image tower may be there
         raise ValueError(f"{path} has no text encoder ({CLIP}* or {OPEN_CLIP}*): give one as `text_encoder`")
     if own:
         tokens, positions = own["embeddings.token_embedding.weight"], own["embeddings.position_embedding.weight"]
-        inner, layers = own["encoder.layers.0.mlp.fc1.weight"], _layers(own, 2)
+        inner, layers = own["encoder.layers.0.mlp.fc1.weight"], layers_of(own)
     else:
         tokens, positions = open_clip["token_embedding.weight"], open_clip["positional_embedding"]
-        inner, layers = open_clip["transformer.resblocks.0.mlp.c_fc.weight"], _layers(open_clip, 2) - 1
-        own = _apart(open_clip)
+        inner, layers = open_clip["transformer.resblocks.0.mlp.c_fc.weight"], layers_of(open_clip) - 1
+        own = apart(open_clip)
     width = tokens.shape[1]
     with torch.device("meta"):
         encoder = CLIPTextModel(
@@ -259,20 +264,25 @@ def read_text_encoder(state: Mapping[str, Tensor], path: str | File, num_heads: 
         rf"text_projection|logit_scale|attn_mask|transformer\.resblocks\.{layers}\." if open_clip else r".*position_ids"
     )
     load_renamed(encoder, own, rename, f"the text encoder of {path}", left)
-    for module in encoder.modules():
-        if "position_ids" in dict(module.named_buffers(recurse=False)):  # computed, in no file
-            module.position_ids = torch.arange(len(positions))[None]
+    number_positions(encoder, len(positions))
     return encoder.requires_grad_(False).eval(), 0 if open_clip else len(tokens) - 1
 
 
-def _layers(state: Mapping[str, Tensor], where: int) -> int:
-    return len(
-        {name.split(".")[where] for name in state if re.match(r"(encoder\.layers|transformer\.resblocks)\.", name)}
-    )
+def number_positions(encoder: nn.Module, count: int) -> None:
+    """Fills in CLIP's one buffer that is computed and in no file."""
+    for module in encoder.modules():
+        if "position_ids" in dict(module.named_buffers(recurse=False)):
+            module.position_ids = torch.arange(count)[None]
 
 
-def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """open_clip's joined queries, keys and values, as views, named as `open_clip_name` has them."""
+def layers_of(state: Mapping[str, Tensor]) -> int:
+    """How many layers a CLIP tower has."""
+    inside = r"(encoder\.layers|transformer\.resblocks)\."
+    return len({name.split(".")[2] for name in state if re.match(inside, name)})
+
+
+def apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A tower with its joined queries, keys and values taken apart, as views, named as `open_clip_name` has them."""
     parts: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if match := re.fullmatch(r"(.*\.attn)\.in_proj_(weight|bias)", name):

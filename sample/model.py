@@ -31,10 +31,15 @@ class DiffusionModel(nn.Module, ABC):
     prediction: Prediction
     ladder: tuple[frozenset[str], ...]
     """The condition parts kept on rungs 1..K; rung 0 is unconditional. One rung is classifier-free guidance."""
+    always: frozenset[str] = frozenset()
+    """The condition parts that are never dropped and on no rung of the ladder: `null` leaves them as they are."""
     shape: tuple[int, ...]
     """One x_0, without the batch: (C, H, W), or (C, F, H, W) where there is time."""
     space: str
     """Names what x_0 means (the autoencoder and its scale): predictions mix only within one space."""
+    licence: str | None = None
+    """What weights of this kind were published under, where it is known: `from_pretrained` sets it, fine-tunes and
+    bundles carry it on."""
     learned_range: bool = False
     """Whether the network also predicts its reverse variance, which `denoise_with_variance` then gives."""
 
@@ -61,8 +66,8 @@ class DiffusionModel(nn.Module, ABC):
     def null(self, condition: Condition) -> Condition:
         """The condition with every droppable part replaced by its null, and parts that are absent filled in.
 
-        Parts of `condition` keep their batch size; absent ones get a batch of one, which expands. The only
-        definition of "unconditional": drop-out, sampling and bundles all call it.
+        Parts of `condition` keep their batch size; absent ones get a batch of one, which expands. Parts in `always`
+        stay as they are. The only definition of "unconditional": drop-out, sampling and bundles all call it.
         """
 
     @abstractmethod
@@ -145,11 +150,12 @@ def check_labels(label: Tensor, num_classes: int) -> Tensor:
 
 
 def keep_only(model: DiffusionModel, condition: Condition, keep: Collection[str], batch: int) -> Condition:
-    """The condition with all parts but `keep` at their null, each expanded to (batch, ...).
+    """The condition with all parts but `keep`, and those that are never dropped, at their null, each expanded to
+    (batch, ...).
 
     KeyError names a part that `condition` lacks, ValueError one with another number of rows than `batch` or one.
     """
-    if missing := set(keep) - condition.keys():
+    if missing := {*keep, *(model.always if keep else ())} - condition.keys():
         raise KeyError(f"condition lacks {sorted(missing)}; it has {sorted(condition)}")
     parts = {**model.null(condition), **{name: condition[name] for name in keep}}
     for name, part in parts.items():

@@ -1,6 +1,6 @@
 """Prompts as the frozen text encoders of latent diffusion take them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,23 +20,28 @@ def encode_tokens(text_encoder: nn.Module, ids: Tensor) -> Tensor:
     return text_encoder(ids.to(device)).last_hidden_state.float()
 
 
-def encode_text(text: Sequence[str] | Tensor, text_encoder: nn.Module | None, tokenizer: Any) -> Tensor:
+def encode_text(
+    text: Sequence[str] | Tensor,
+    text_encoder: nn.Module | None,
+    tokenizer: Any,
+    encode: Callable[[nn.Module, Tensor], Tensor] = encode_tokens,
+) -> Tensor:
     """Contexts (B, N, D) of prompts, of token ids (B, N), or as they are where they are encoded already.
 
-    ValueError where the encoder, or for prompts the tokenizer, is not there.
+    encode: what makes contexts of token ids. ValueError where the encoder, or for prompts the tokenizer, is not there.
     """
     if isinstance(text, Tensor) and text.is_floating_point():
         return text
     if text_encoder is None:
         raise ValueError("this model came without its text encoder, so text must be given encoded, as floats (B, N, D)")
     if isinstance(text, Tensor):
-        return encode_tokens(text_encoder, text)
+        return encode(text_encoder, text)
     if isinstance(text, str) or not all(isinstance(prompt, str) for prompt in text):
         raise ValueError(f"text must be a list of prompts, or a tensor of them encoded, got {type(text).__name__}")
     if tokenizer is None:
         raise ValueError("this model came without a tokenizer (an original file has none): give one as `tokenizer`")
     tokens = tokenizer(list(text), padding="max_length", truncation=True, return_tensors="pt")
-    return encode_tokens(text_encoder, tokens.input_ids)
+    return encode(text_encoder, tokens.input_ids)
 
 
 def null_text(text_encoder: nn.Module, tokenizer: Any) -> Tensor:

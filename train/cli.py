@@ -58,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--prior", default=None, help="override the verdict: a candidate's name")
     export.add_argument("--scale", default=None, help="override the verdict: e.g. 3 or 1.5:7.5")
+    export.add_argument("--restricted", action="store_true", help="embed a prior that not everybody may use")
     export.add_argument("--out", default=None, help="a new folder (default: RUN/bundle)")
 
     about = "a module of yours that registers the bundle's model; repeatable"
@@ -135,7 +136,8 @@ def _run(args: argparse.Namespace) -> int:
             export_model(args.run, args.checkpoint, args.out)
             return 0
         scale = parse_scales(args.scale)
-        export_run(args.run, args.checkpoint, args.comparison, args.prior, scale[0] if scale else None, args.out)
+        scales = scale[0] if scale else None
+        export_run(args.run, args.checkpoint, args.comparison, args.prior, scales, args.out, args.restricted)
     return 0
 
 

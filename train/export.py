@@ -28,6 +28,7 @@ def export_run(
     prior: str | None = None,
     scales: tuple[float, ...] | None = None,
     out: str | None = None,
+    restricted: bool = False,
 ) -> File:
     """Writes the bundle that the comparison's verdict names, or the given prior and scales; verifies it apart."""
     run = File(run)
@@ -39,7 +40,7 @@ def export_run(
         raise ValueError(f"there is no {path}: run `priorguide compare {run}` first, or give --prior and --scale")
     cli, state = load_run(run, checkpoint)
     cli.datamodule.setup("fit")
-    export(cli, state, folder, record, prior, scales)
+    export(cli, state, folder, record, prior, scales, restricted)
     print(verify_apart(folder))
     with follow_up(run, "export") as logged:
         log_bundle(logged, File(checkpoint) if checkpoint else last_checkpoint(run), folder, record)
@@ -75,6 +76,7 @@ def export(
     record: dict[str, Any] | None,
     prior: str | None = None,
     scales: tuple[float, ...] | None = None,
+    restricted: bool = False,
 ) -> Recorded:
     """Writes the bundle, its recorded batch from the first held-out conditions, and returns that batch."""
     callback, fine_tune = comparison_of(cli), cli.model
@@ -98,6 +100,7 @@ def export(
             recorded=recorded,
             evidence=record,
             provenance=provenance(cli, state),
+            restricted=restricted,
         )
     return recorded
 

@@ -18,6 +18,10 @@ from ..text import encode_text
 from .stable_diffusion import StableDiffusion
 
 
+LICENCE = "MIT"
+"""Of the published weights, whose base is under CreativeML OpenRAIL-M."""
+
+
 class InstructPix2Pix(DiffusionModel):
     """Scaled latents of a frozen `vae`; scaled_linear path; epsilon, as its base has it.
 
@@ -71,7 +75,9 @@ class InstructPix2Pix(DiffusionModel):
         network.load_state_dict(state, assign=True)
         null = base.null_text.clone()
         side = latent_side(network, base.vae, resolution)
-        return cls(network, null, base.vae, base.text_encoder, base.tokenizer, base.prediction, side)
+        model = cls(network, null, base.vae, base.text_encoder, base.tokenizer, base.prediction, side)
+        model.licence = base.licence
+        return model
 
     @classmethod
     def from_pretrained(
@@ -100,7 +106,9 @@ class InstructPix2Pix(DiffusionModel):
         )
         parts.prediction = parts.prediction or "epsilon"
         side = latent_side(parts.network, needed(parts.vae), resolution)
-        return cls(**vars(parts.alone() if prior_only else parts), sample_size=side)
+        model = cls(**vars(parts.alone() if prior_only else parts), sample_size=side)
+        model.licence = LICENCE
+        return model
 
     @classmethod
     def recognise(cls, shapes: Mapping[str, tuple[int, ...]]) -> str | None:

@@ -86,7 +86,10 @@ class StableDiffusion(DiffusionModel):
             raise ValueError(f"{pretrained_model_name_or_path} predicts {parts.prediction}, not {prediction}")
         parts.prediction = parts.prediction or prediction
         side = latent_side(parts.network, needed(parts.vae), resolution)
-        return cls(**vars(parts.alone() if prior_only else parts), sample_size=side)
+        model = cls(**vars(parts.alone() if prior_only else parts), sample_size=side)
+        version_1 = parts.network.config["cross_attention_dim"] == 768
+        model.licence = "CreativeML OpenRAIL-M" if version_1 else "CreativeML OpenRAIL++-M"
+        return model
 
     @classmethod
     def recognise(cls, shapes: Mapping[str, tuple[int, ...]]) -> str | None:

@@ -44,6 +44,7 @@ def make_condition(batch: int = 2) -> dict[str, torch.Tensor]:
 def saved(tmp_path_factory):
     """A bundle with a base prior and a recorded batch; tests that change it work on a copy."""
     model = make_model()
+    model.licence = "Apache-2.0"
     guidance = Guidance((2.0,), unconditional(make_base(), onto=model), interval=(0, 900), rescale=0.2)
     recorded = Recorded.draw(model, make_condition(), [5, 6], guidance, SAMPLER, max_batch=3)
     return Bundle.save(
@@ -54,13 +55,23 @@ def saved(tmp_path_factory):
         recorded=recorded,
         evidence={"winner": "base", "interval": [0.1, 0.2]},
         provenance={"base": "tiny"},
-        licences={"model": "Apache-2.0"},
     )
 
 
 @pytest.fixture
 def copy(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / "copy")
+
+
+def test_a_prior_that_is_not_for_all_is_embedded_only_if_asked(tmp_path):
+    model, base = make_model(), make_base()
+    base.licence = "CC-BY-NC-4.0"
+    arguments = {"guidance": Guidance((2.0,), unconditional(base, onto=model)), "sampler": SAMPLER}
+    with pytest.raises(ValueError, match="published under CC-BY-NC-4.0, which not everybody may use"):
+        Bundle.save(tmp_path / "bundle", model, **arguments)
+    assert not (tmp_path / "bundle").exists()
+    Bundle.save(tmp_path / "bundle", model, **arguments, restricted=True)
+    assert Bundle.load(tmp_path / "bundle").guidance.prior.model.licence == "CC-BY-NC-4.0"
 
 
 def read(folder):

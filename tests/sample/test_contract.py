@@ -90,9 +90,9 @@ def test_null_fills_in_what_is_absent(model):
     assert empty.keys() == full.keys() == condition.keys()
     for name, part in full.items():
         assert len(empty[name]) == 1 and part.shape == condition[name].shape and part.dtype == condition[name].dtype
-        assert torch.equal(part, empty[name].expand_as(part))
+        assert torch.equal(part, condition[name] if name in model.always else empty[name].expand_as(part))
         partly = model.null({name: condition[name]})
-        assert all(torch.equal(partly[other], full[other][: len(partly[other])]) for other in full)
+        assert all(torch.equal(partly[other], full[other] if other == name else empty[other]) for other in full)
 
 
 def test_null_leaves_the_condition_as_it_was(model):
@@ -107,6 +107,16 @@ def test_every_part_on_the_ladder_has_a_null(model):
     assert model.ladder and all(low < high for low, high in zip(model.ladder, model.ladder[1:], strict=False))
     for name in model.ladder[-1]:
         assert not torch.equal(model.null(condition)[name], condition[name])
+    assert model.always.isdisjoint(model.ladder[-1]) and model.always | model.ladder[-1] == condition.keys()
+
+
+def test_what_is_never_dropped_is_not_forgotten(model):
+    """On a rung it must be there; for the unconditional prediction alone it may be filled in."""
+    condition = {name: part for name, part in random_condition(model).items() if name not in model.always}
+    assert keep_only(model, condition, (), 3).keys() == model.null({}).keys()
+    if model.always:
+        with pytest.raises(KeyError, match="condition lacks"):
+            keep_only(model, condition, model.ladder[-1], 3)
 
 
 def test_the_top_of_the_ladder_is_the_condition(model):
@@ -115,12 +125,12 @@ def test_the_top_of_the_ladder_is_the_condition(model):
     assert all(torch.equal(top[name], condition[name]) for name in condition)
 
 
-def test_every_part_on_the_ladder_matters(model):
+def test_every_part_matters(model):
     condition, (x_t, t) = random_condition(model), random_input(model)
     with torch.no_grad():
         full = model.denoise(x_t, t, condition)
-        for name in model.ladder[-1]:
-            without = model.denoise(x_t, t, {**condition, name: model.null(condition)[name]})
+        for name in model.ladder[-1] | model.always:
+            without = model.denoise(x_t, t, {**condition, name: model.null({})[name].expand_as(condition[name])})
             assert not torch.equal(without, full), name
 
 

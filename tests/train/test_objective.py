@@ -1,10 +1,13 @@
-"""Drop-out events, densities of the training times, and min-SNR weights against the paper's closed forms."""
+"""Drop-out events, densities of the training times, min-SNR weights and the variational bound against closed forms."""
+
+import math
 
 import pytest
 import torch
+from torch.distributions import Normal, kl_divergence
 
-from priorguide.sample.noise import DiscretePath, FlowPath
-from priorguide.train.objective import Drop, check_table, draw_uniform, drop, min_snr_weight
+from priorguide.sample.noise import DiscretePath, FlowPath, add_noise, convert, like
+from priorguide.train.objective import Drop, check_table, draw_uniform, drop, min_snr_weight, variational_bound
 
 PAIRS = [Drop(("text",), 0.05), Drop(("text", "image"), 0.05), Drop(("image",), 0.05)]
 """InstructPix2Pix's and Zero-1-to-3's scheme."""
@@ -123,3 +126,67 @@ def test_a_density_that_returns_1_stays_on_the_path():
         t = path.draw(torch.tensor([0.0, 0.5, 1.0]))
         assert t.min() >= 0 and t.max() <= 1000
     assert DiscretePath.linear().draw(torch.tensor([1.0])).item() == 999
+
+
+def draws(t, shape=(3, 4)):
+    """x_0, noise and a guess of the noise, and the linear path's alpha-bar before and at t."""
+    generator = torch.Generator().manual_seed(0)
+    x_0, eps, off = (torch.randn(len(t), *shape, generator=generator, dtype=torch.float64) for _ in range(3))
+    bar = DiscretePath.linear().alphas_cumprod
+    return x_0, eps, eps + 0.3 * off, *(like(bar[k], x_0) for k in (t - 1, t))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_the_bound_is_the_divergence_of_two_normals(prediction):
+    """Ho et al. 2020, eqs. 6 and 7, and Nichol & Dhariwal 2021, eq. 15, term by term in float64."""
+    path, t = DiscretePath.linear(), torch.tensor([1, 2, 300, 999])
+    x_0, eps, guessed, before, bar = draws(t)
+    alpha, sigma = path.coefficients(t)
+    x_t = add_noise(x_0, eps, alpha, sigma)
+    v = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    out = convert(guessed, x_t, "epsilon", prediction, like(alpha, x_0), like(sigma, x_0))
+
+    beta = 1 - bar / before
+    posterior = (1 - before) / (1 - bar) * beta
+
+    def mean(x_0):
+        return before.sqrt() * beta / (1 - bar) * x_0 + (1 - beta).sqrt() * (1 - before) / (1 - bar) * x_t
+
+    u = (v + 1) / 2
+    own = Normal(
+        mean((x_t - sigma.reshape(-1, 1, 1) * guessed) / alpha.reshape(-1, 1, 1)),
+        beta ** (u / 2) * posterior ** ((1 - u) / 2),
+    )
+    expected = kl_divergence(Normal(mean(x_0), posterior.sqrt().expand_as(x_0)), own).mean((1, 2)) / math.log(2)
+    found = variational_bound(path, prediction, out, v, x_0, x_t, t)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+    least = variational_bound(path, "sample", x_0, -torch.ones_like(v), x_0, x_t, t)
+    assert least.abs().max() < 1e-6  # the posterior itself
+
+
+def test_at_the_first_step_the_bound_is_the_likelihood_of_a_level():
+    path = DiscretePath.linear()
+    levels = torch.linspace(-1, 1, 256).reshape(-1, 1)
+    t, bar = torch.zeros(256, dtype=torch.long), path.alphas_cumprod
+    for mean, u in ((0.3, 0.0), (-0.99, 0.5), (1.0, 1.0)):
+        out, v = torch.full_like(levels, mean), torch.full_like(levels, 2 * u - 1)
+        bits = variational_bound(path, "sample", out, v, levels, levels, t)
+        assert (2**-bits).sum().item() == pytest.approx(1, abs=1e-4)
+        # Between that step's beta, and the posterior's variance at the second, since at the first it is zero.
+        low, high = (1 - bar[0]) / (1 - bar[1]) * (1 - bar[1] / bar[0]), 1 - bar[0]
+        normal = Normal(mean, (low ** (1 - u) * high**u).sqrt().item())
+        inner = levels[1:-1].double()
+        exact = (normal.cdf(inner + 1 / 255) - normal.cdf(inner - 1 / 255)).flatten()
+        torch.testing.assert_close(2 ** -bits[1:-1].double(), exact, rtol=0, atol=1e-3)
+
+
+def test_the_bound_trains_the_variance_alone():
+    path, t = DiscretePath.linear(), torch.tensor([0, 1, 500, 999])
+    x_0, eps, guessed, *_ = (part.float() for part in draws(t))
+    x_t = add_noise(x_0, eps, *path.coefficients(t))
+    out, v = guessed.clone().requires_grad_(), torch.zeros_like(x_0, requires_grad=True)
+    for scale in (1, 100):  # of outliers, too, the gradient is finite
+        bound = variational_bound(path, "epsilon", scale * out, v, scale * x_0, x_t, t)
+        gradients = torch.autograd.grad(bound.sum(), (out, v), allow_unused=True)
+        assert gradients[0] is None
+        assert gradients[1].isfinite().all() and (scale > 1 or gradients[1].flatten(1).abs().amax(1).min() > 0)

@@ -1,0 +1,31 @@
+"""What a picture's last bits depend on besides its seed: versions, device, threads."""
+
+import importlib.metadata
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the device's type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def environment() -> dict[str, str]:
+    """What pictures may depend on: versions, and the machine's kind."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "safetensors", "priorguide")}
+    machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return {**versions, "python": platform.python_version(), "machine": machine}
+
+
+@contextmanager
+def threads_of(count: int) -> Iterator[None]:
+    """torch with so many threads, for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

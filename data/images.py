@@ -16,18 +16,33 @@ from torch.nn import functional as F
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 """What Pillow raises on broken files."""
 
+LONGEST = 50
+"""The longer side over the shorter: a strip of few bytes would take gigabytes once its shorter side is resized."""
+
+Place = tuple[float, float]
+"""Where a square is cut out, down and across: 0 is the first place possible, just below 1 the last."""
+
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
-def decode(source: str | File | Mapping[str, Any], resolution: int, channels: int) -> Tensor:
+def decode(
+    source: str | File | Mapping[str, Any] | None,
+    resolution: int,
+    channels: int,
+    pad: bool = True,
+    place: Place | None = None,
+) -> Tensor:
     """A picture as uint8 (channels, resolution, resolution).
 
     `source`: a path, or {"bytes", "path"} as `datasets` keeps pictures. Upright by its EXIF tag; transparency lies on
-    white; CMYK, palettes and 16-bit grey are converted. One of `UNREADABLE` is raised for a bad file.
+    white; CMYK, palettes and 16-bit grey are converted. With `pad`, small grey pictures may be padded; see `fit`.
+    One of `UNREADABLE` is raised for a bad file.
     """
     file: Any = source
     if isinstance(source, Mapping):
         file = source["path"] if source["bytes"] is None else io.BytesIO(source["bytes"])
+    if file is None:
+        raise ValueError("there is no picture")
     with Image.open(file) as opened:
         picture = ImageOps.exif_transpose(opened)
         grey = picture.mode in ("1", "L", "I", "I;16", "I;16B", "F")
@@ -38,14 +53,15 @@ def decode(source: str | File | Mapping[str, Any], resolution: int, channels: in
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         array = np.array(picture.convert("L" if channels == 1 else "RGB"))
     pixels = torch.from_numpy(array).reshape(*array.shape[:2], channels).permute(2, 0, 1)
-    return fit(pixels[None], resolution, pad=grey)[0]
+    return fit(pixels[None], resolution, pad and grey, place)[0]
 
 
-def fit(pixels: Tensor, resolution: int, pad: bool) -> Tensor:
+def fit(pixels: Tensor, resolution: int, pad: bool, place: Place | None = None) -> Tensor:
     """uint8 (B, C, H, W) as uint8 (B, C, resolution, resolution).
 
     With `pad`, pictures at most 4 pixels too small, evenly so (28x28 at 32), get a frame of zeros; otherwise the
-    shorter side is resized (bicubic, antialiased) and the centre is cut out.
+    shorter side is resized (bicubic, antialiased) and a square is cut out, at the centre unless `place` says where.
+    ValueError for a strip, whose longer side is more than LONGEST times the shorter.
     """
     height, width = pixels.shape[-2:]
     missing = (resolution - height, resolution - width)
@@ -53,8 +69,12 @@ def fit(pixels: Tensor, resolution: int, pad: bool) -> Tensor:
         return pixels
     if pad and all(0 <= m <= 4 and m % 2 == 0 for m in missing):
         return F.pad(pixels, (missing[1] // 2,) * 2 + (missing[0] // 2,) * 2)
+    if max(height, width) > LONGEST * min(height, width):
+        raise ValueError(f"the longer side may be {LONGEST} times the shorter at most, got {height} x {width}")
     scale = resolution / min(height, width)
     size = [max(resolution, round(height * scale)), max(resolution, round(width * scale))]
     pixels = F.interpolate(pixels.contiguous(), size, mode="bicubic", antialias=True)
     top, left = (size[0] - resolution) // 2, (size[1] - resolution) // 2
+    if place is not None:
+        top, left = (int(at * (side - resolution + 1)) for at, side in zip(place, size, strict=True))
     return pixels[..., top : top + resolution, left : left + resolution].contiguous()

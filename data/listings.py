@@ -1,4 +1,4 @@
-"""Lists of labelled pictures, nothing decoded, from a local folder or through `datasets`, and their class numbers."""
+"""Lists of pictures, nothing decoded, from a local folder or through `datasets`, with class numbers or texts."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -14,8 +14,9 @@ from .images import EXTENSIONS
 
 @dataclass(frozen=True)
 class Listing:
-    """One split. `pictures`: paths, or rows of a `datasets.Dataset` with an undecoded column "image"; `labels`: a
-    number or a name for each, or None; `texts`: captions or None; `names`: the classes, where the source names them."""
+    """One split. `pictures`: for each row a path, or a mapping from batch keys to paths or cells {"bytes", "path"} (a
+    list, or a `datasets.Dataset` with undecoded columns); `labels`: a number or a name for each, or None; `texts`:
+    captions or instructions, or None; `names`: the classes, where the source names them."""
 
     where: str
     pictures: Any
@@ -24,19 +25,47 @@ class Listing:
     names: tuple[str, ...] | None = None
 
 
-def read_folder(folder: File) -> list[Listing]:
-    """A folder of class folders, or of pictures with a metadata.jsonl (file_name, and label or text or both).
+def read_splits(
+    source: str,
+    plain: Callable[[File], bool],
+    from_folder: Callable[[File], Listing],
+    from_rows: Callable[[str, Any], Listing],
+) -> list[Listing]:
+    """The training listing and, where the source has one, that of another split: "test", else "validation" or "val".
 
-    Where it holds "train", that is the training split, and "test", else "validation" or "val", the other one.
+    `source`: a local folder, which `from_folder` reads if it is `plain`, with or without folders of these names in it;
+    otherwise a folder of files that `datasets` reads, or a data set on the Hub ("name" or "name:config"), whose splits
+    `from_rows` reads, given what to call them. ValueError for a source that cannot be read.
     """
-    if not (folder / "train").is_dir():
-        return [_list(folder)]
-    held = [folder / name for name in ("test", "validation", "val") if (folder / name).is_dir()]
-    return [_list(split) for split in (folder / "train", *held[:1])]
+    folder = File(source).expanduser()
+    if folder.is_dir() and plain(folder):
+        if not (folder / "train").is_dir():
+            return [from_folder(folder)]
+        held = [folder / name for name in HELD if (folder / name).is_dir()]
+        return [from_folder(split) for split in (folder / "train", *held[:1])]
+    if folder.is_absolute() and not folder.is_dir():
+        raise ValueError(f"source must be a folder that exists, got {source}")
+    import datasets
+
+    name, _, config = (str(folder), "", "") if folder.exists() else source.partition(":")
+    try:
+        data = datasets.load_dataset(name, config or None)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"source {source!r} must be a folder or a data set that can be loaded: {error}") from error
+    if "train" not in data:
+        raise ValueError(f"{source} must have a split train, found {', '.join(data)}")
+    return [
+        from_rows(f"{source}, split {split}", data[split])
+        for split in ("train", *[name for name in HELD if name in data][:1])
+    ]
 
 
-def _list(folder: File) -> Listing:
-    if (folder / "metadata.jsonl").is_file():
+HELD = ("test", "validation", "val")
+
+
+def list_folder(folder: File) -> Listing:
+    """A folder of class folders, or of pictures with a metadata.jsonl (file_name, and label or text or both)."""
+    if (folder / METADATA).is_file():
         return _metadata(folder)
     kinds = sorted(kind for kind in folder.iterdir() if kind.is_dir() and not kind.name.startswith("."))
     found = {kind.name: _pictures(kind) for kind in kinds}
@@ -52,66 +81,88 @@ def _pictures(folder: File) -> list[File]:
     return [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in EXTENSIONS and not p.name.startswith(".")]
 
 
+METADATA = "metadata.jsonl"
+
+
 def _metadata(folder: File) -> Listing:
-    path, rows = folder / "metadata.jsonl", []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            rows.append({"file": folder / row["file_name"], "label": row.get("label"), "text": row.get("text")})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f'{path}, line {number}, must be an object with "file_name", got {line[:80]!r}') from error
-    if not rows:
-        raise ValueError(f"{path} must have a line for each picture, found none")
-    columns = {}
+    rows = read_metadata(folder)
+    pictures = [picture_in(folder, where, row, "file_name") for where, row in rows]
+    columns: dict[str, Any] = {}
     for name in ("label", "text"):
-        column = [row[name] for row in rows]
+        column = [row.get(name) for _, row in rows]
         if None in column and any(value is not None for value in column):
             raise ValueError(
-                f"{path} must give all pictures a {name} or none, {rows[column.index(None)]['file']} has none"
+                f"{folder / METADATA} must give all pictures a {name} or none, {pictures[column.index(None)]} has none"
             )
         columns[name] = None if None in column else column
-    return Listing(str(folder), [row["file"] for row in rows], columns["label"], columns["text"])
+    return Listing(str(folder), pictures, columns["label"], columns["text"])
 
 
-def read_hub(source: str, image_column: str | None = None, label_column: str | None = None) -> list[Listing]:
-    """A data set on the Hub ("name" or "name:config"), or a local folder of parquet files, through `datasets`.
+def read_metadata(folder: File) -> list[tuple[str, dict[str, Any]]]:
+    """The objects in a folder's metadata.jsonl, one a line, each after the words "FILE, line N,"."""
+    path, rows = folder / METADATA, []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):  # only \n: a text may hold other line ends
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            start = line[:80].decode(errors="replace")
+            raise ValueError(f"{path}, line {number}, must be a JSON object, got {start!r}")
+        rows.append((f"{path}, line {number},", row))
+    if not rows:
+        raise ValueError(f"{path} must have a line for each picture, found none")
+    return rows
 
-    The columns are found by their types unless named; a column "text" gives captions.
-    """
+
+def picture_in(folder: File, where: str, row: dict[str, Any], column: str) -> File:
+    """The picture that a row of metadata.jsonl names. ValueError where it names none, or one outside the folder."""
+    name = row.get(column)
+    if not isinstance(name, str) or not name:
+        raise ValueError(f'{where} must be an object with "{column}", the path of a picture, got {str(row)[:80]}')
+    if File(name).is_absolute() or ".." in File(name).parts:  # links are followed: they are the user's own
+        raise ValueError(f'{where} must have a "{column}" inside the folder, got {name!r}')
+    return folder / name
+
+
+def list_rows(where: str, rows: Any, image_column: str | None = None, label_column: str | None = None) -> Listing:
+    """A split of labelled pictures from `datasets`. The columns are found by their types unless named; a column "text"
+    gives captions."""
     import datasets
 
-    name, _, config = (source, "", "") if File(source).exists() else source.partition(":")
-    try:
-        data = datasets.load_dataset(name, config or None)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"source {source!r} must be a folder or a data set that can be loaded: {error}") from error
-    if "train" not in data:
-        raise ValueError(f"{source} must have a split train, found {', '.join(data)}")
-    features = data["train"].features
+    features = rows.features
     kinds = {name: type(feature) for name, feature in features.items()}
-    image = _column(source, "image", image_column, list(kinds), lambda key: kinds[key] is datasets.Image)
-    label = _column(
-        source, "label", label_column, list(kinds), lambda key: kinds[key] is datasets.ClassLabel or key == "label"
+    image = choose_column(where, "image", image_column, list(kinds), lambda key: kinds[key] is datasets.Image)
+    label = choose_column(
+        where, "label", label_column, list(kinds), lambda key: kinds[key] is datasets.ClassLabel or key == "label"
     )
     if image is None:
-        raise ValueError(f"{source} must have a column of pictures, found {', '.join(kinds)}")
-    listings = []
-    for split in ("train", *[name for name in ("test", "validation") if name in data][:1]):
-        rows = data[split]
-        pictures = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-        listings.append(
-            Listing(
-                where=f"{source}, split {split}",
-                pictures=pictures if image == "image" else pictures.rename_column(image, "image"),
-                labels=rows[label][:] if label else None,
-                texts=rows["text"][:] if "text" in kinds and label != "text" else None,
-                names=tuple(features[label].names) if label and kinds[label] is datasets.ClassLabel else None,
-            )
-        )
-    return listings
+        raise ValueError(f"{where} must have a column of pictures, found {', '.join(kinds)}")
+    return Listing(
+        where,
+        undecoded(rows, {"pixels": image}),
+        labels=rows[label][:] if label else None,
+        texts=rows["text"][:] if "text" in kinds and label != "text" else None,
+        names=tuple(features[label].names) if label and kinds[label] is datasets.ClassLabel else None,
+    )
 
 
-def _column(source: str, what: str, given: str | None, columns: list[str], fits: Callable[[str], bool]) -> str | None:
+def undecoded(rows: Any, columns: dict[str, str]) -> Any:
+    """{batch key: column} of a `datasets.Dataset`: these columns alone, as cells {"bytes", "path"} by batch key."""
+    import datasets
+
+    rows = rows.select_columns(list(columns.values()))
+    for column in columns.values():
+        rows = rows.cast_column(column, datasets.Image(decode=False))
+    return rows.rename_columns({column: key for key, column in columns.items()})
+
+
+def choose_column(
+    source: str, what: str, given: str | None, columns: Sequence[str], fits: Callable[[str], object]
+) -> str | None:
+    """The column that is `given`, else the only one that `fits`, else None. ValueError where there are several."""
     if given is not None and given not in columns:
         raise ValueError(f"{what}_column must be a column of {source} ({', '.join(columns)}), got {given!r}")
     found = [given] if given is not None else [key for key in columns if fits(key)]

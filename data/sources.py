@@ -1,22 +1,24 @@
 """Where labelled pictures come from, as `torch` data sets that return whole batches.
 
 A data set's `__getitems__` takes indices and returns {"pixels" (B, C, R, R) float in [0, 1], "label" (B,) int64}, with
-"text", a list, where there are captions, and without "label" where there are no labels.
+"text", a list, where there are captions, and without "label" where there are no labels. Rows of several pictures have
+a batch key for each.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from functools import partial
+from itertools import chain, repeat
 from pathlib import Path as File
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from . import fashion
-from .images import UNREADABLE, decode, fit
-from .listings import number_classes, read_folder, read_hub
+from .images import UNREADABLE, Place, decode, fit
+from .listings import list_folder, list_rows, number_classes, read_splits
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +47,9 @@ class MemoryImages(Dataset):
 class FileImages(Dataset):
     """Pictures decoded when they are asked for.
 
-    `pictures`: paths, or rows of a `datasets.Dataset` with an undecoded column "image". A picture that cannot be read
-    is reported, and the next readable one stands in for it, so that batches keep their size; beyond `max_bad_images`
-    of them, counted over all loader workers of a process, `BadImages` lists their names.
+    `pictures`: for each row a path, or a mapping from batch keys to pictures; see `Listing`. A row with a picture that
+    cannot be read is reported, and the next readable one stands in for it, so that batches keep their size; beyond
+    `max_bad_images` of them, counted over all loader workers of a process, `BadImages` lists their names.
     """
 
     def __init__(
@@ -63,7 +65,8 @@ class FileImages(Dataset):
         self.pictures, self.labels, self.texts = pictures, labels, texts
         self.resolution, self.channels, self.max_bad_images = resolution, channels, max_bad_images
         self.rows = torch.arange(len(pictures)) if rows is None else rows
-        self.bad = torch.zeros(len(self.rows), dtype=torch.bool).share_memory_()  # what one worker marks, all see
+        # 1 + which of a row's pictures cannot be read, or 0; what one worker marks, all see
+        self.bad = torch.zeros(len(self.rows), dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -72,31 +75,38 @@ class FileImages(Dataset):
         settings = (self.resolution, self.channels, self.max_bad_images)
         return FileImages(self.pictures, self.labels, self.texts, *settings, rows=self.rows[rows])
 
-    def __getitems__(self, indices: Sequence[int]) -> Any:
+    def __getitems__(self, indices: Sequence[int], places: Sequence[Place] | None = None) -> Any:
+        """The batch; `places`: where each row's squares are cut out, the centre if absent."""
         try:
-            found = [self._read(int(index)) for index in indices]
+            wanted = zip(indices, places or repeat(None), strict=False)
+            found = [self._read(int(index), place) for index, place in wanted]
         except BadImages as error:
             if get_worker_info() is None:
                 raise
             return error  # `Loader` raises it: torch would bury its sentence in the worker's traceback
         rows = self.rows[[index for index, _ in found]]
-        batch: dict[str, Any] = {"pixels": torch.stack([pixels for _, pixels in found]).float() / 255}
+        batch: dict[str, Any] = {
+            key: torch.stack([pictures[key] for _, pictures in found]).float() / 255 for key in found[0][1]
+        }
         if self.labels is not None:
             batch["label"] = self.labels[rows]
         if self.texts is not None:
             batch["text"] = [self.texts[row] for row in rows.tolist()]
         return batch
 
-    def _read(self, index: int) -> tuple[int, Tensor]:
+    def _read(self, index: int, place: Place | None) -> tuple[int, dict[str, Tensor]]:
         for other in chain(range(index, len(self)), range(index)):
             if self.bad[other]:
                 continue
+            pictures, read = self._pictures(other), {}
             try:
-                return other, decode(self._picture(other), self.resolution, self.channels)
+                for key, picture in pictures.items():  # the pictures of a row are fitted alike: none alone is padded
+                    read[key] = decode(picture, self.resolution, self.channels, pad=len(pictures) == 1, place=place)
+                return other, read
             except UNREADABLE as error:
-                self.bad[other] = True
+                self.bad[other] = 1 + len(read)
                 log.warning("skipped an unreadable picture, %s: %s", self._name(other), error)
-            if int(self.bad.sum()) > self.max_bad_images:
+            if self.bad.count_nonzero() > self.max_bad_images:
                 break
         names = [self._name(i) for i in self.bad.nonzero().flatten().tolist()]
         raise BadImages(
@@ -104,16 +114,25 @@ class FileImages(Dataset):
             f"among {len(self)}: {', '.join(names)}"
         )
 
-    def _picture(self, index: int) -> Any:
-        picture = self.pictures[int(self.rows[index])]
-        return picture["image"] if isinstance(picture, Mapping) else picture
+    def _pictures(self, index: int) -> Mapping[str, Any]:
+        pictures = self.pictures[int(self.rows[index])]
+        return {"pixels": pictures} if isinstance(pictures, File) else pictures
 
     def _name(self, index: int) -> str:
-        picture = self._picture(index)
-        return str(picture) if isinstance(picture, File) else picture["path"] or f"row {int(self.rows[index])}"
+        """What to call the unreadable picture of a row."""
+        picture = list(self._pictures(index).values())[int(self.bad[index]) - 1]
+        path = picture if isinstance(picture, File) else (picture or {}).get("path")
+        return str(path or f"row {int(self.rows[index])}")
 
 
-Images = MemoryImages | FileImages
+class Images(Protocol):
+    """What a data module asks of its pictures."""
+
+    def __len__(self) -> int: ...
+
+    def select(self, rows: Tensor) -> "Images": ...
+
+    def __getitems__(self, indices: Sequence[int]) -> Any: ...
 
 
 def open_source(
@@ -135,13 +154,12 @@ def open_source(
     if source.startswith("idx:"):
         pairs = [fashion.read_idx_pair(File(source[4:]).expanduser(), name) for name in ("train", "t10k")]
         return *_in_memory(pairs, resolution, channels), tuple(map(str, range(len(fashion.CLASS_NAMES))))
-    folder = File(source).expanduser()
-    if folder.is_dir() and not any(folder.rglob("*.parquet")):
-        listings = read_folder(folder)
-    elif folder.is_absolute() and not folder.is_dir():
-        raise ValueError(f"source must be a folder that exists, got {source}")
-    else:
-        listings = read_hub(str(folder) if folder.is_dir() else source, image_column, label_column)
+    listings = read_splits(
+        source,
+        plain=lambda folder: not any(folder.rglob("*.parquet")),
+        from_folder=list_folder,
+        from_rows=partial(list_rows, image_column=image_column, label_column=label_column),
+    )
     labels, names = number_classes(listings, num_classes)
     train, *held = [
         FileImages(listing.pictures, numbers, listing.texts, resolution, channels, max_bad_images)

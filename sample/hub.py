@@ -29,7 +29,7 @@ def locate(name: str | File, *, revision: str | None = None, allow_patterns: str
     """
     if File(name).exists():
         return File(name)
-    neither = f"{str(name)!r} is no file or folder here, nor a Hub id (owner/name or owner/name/path/to/file)"
+    neither = f"{str(name)!r} is neither a file or folder here nor a Hub id (owner/name or owner/name/path/to/file)"
     parts = _ID.fullmatch(str(name))
     if not parts or (not parts["file"] and str(name).endswith(_WEIGHTS)):
         raise FileNotFoundError(neither)

@@ -177,8 +177,8 @@ def head_counts(sizes: Mapping[str, Any], num_heads: int | None, num_head_channe
         return [width // num_head_channels for width in channels]
     if num_heads is None:
         raise ValueError(
-            f"the attention heads of a U-Net of widths {channels} and contexts of {sizes['cross_attention_dim']} are not "
-            "in its file: give num_heads, or num_head_channels"
+            f"the attention heads of a U-Net of widths {channels} and contexts of {sizes['cross_attention_dim']} are "
+            "not in its file: give num_heads, or num_head_channels"
         )
     return [num_heads] * len(channels)
 

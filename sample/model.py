@@ -22,6 +22,8 @@ class DiffusionModel(nn.Module, ABC):
     network_name: ClassVar[str] = "unet"
     """The network's folder in a bundle: diffusers' word for it, "unet" or "transformer"."""
 
+    added: ClassVar[tuple[str, ...]] = ()
+    """How the names of those network parameters begin that a base does not have: adapters train them in full."""
     published_as: ClassVar[tuple[str, ...]] = ()
     """Class names, of pipelines and of networks, by which diffusers folders say that they hold this model."""
 

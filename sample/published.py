@@ -55,7 +55,7 @@ def read_parts(
     the null can. Heads: where the sizes are not the published ones. All in float32.
     """
     path = locate(name, revision=revision)
-    if path.is_dir():
+    if (path / "model_index.json").is_file():
         parts = _from_folder(path)
     else:
         state = choose_weights(read_checkpoint(path), "state_dict", path)

@@ -52,7 +52,7 @@ def export_model(run: str | File, checkpoint: str | None = None, out: str | None
     folder = File(out) if out else File(run) / "model"
     refuse_existing(folder)
     cli, state = load_run(run, checkpoint)
-    with cli.model.averaged() as model:
+    with cli.model.deployed() as model:
         Bundle.save(folder, model, provenance=provenance(cli, state))
     print(f"a model in {folder}")
     return folder
@@ -86,7 +86,7 @@ def export(
     wanted = scales or tuple(verdict["chosen"].get(name, verdict["scales"]))
     if name not in callback.priors:
         raise ValueError(f"prior must be among the run's candidates {sorted(callback.priors)}, got {name!r}")
-    with fine_tune.averaged() as model:
+    with fine_tune.deployed() as model:
         guidance: Guidance = callback.candidates(model, [wanted])[name, wanted]
         count = min(RECORDED_PICTURES, callback.num_conditions)
         condition = model.encode_condition(cli.datamodule.held_out(count))  # type: ignore[attr-defined]

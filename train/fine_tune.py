@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..sample.model import Condition, DiffusionModel
-from ..sample.noise import add_noise, like, weights
-from .objective import Density, Drop, check_table, draw_uniform, drop, min_snr_weight
+from ..sample.noise import DiscretePath, add_noise, like, weights
+from .adapters import Lora, add_adapter, merged
+from .objective import Density, Drop, check_table, draw_uniform, drop, min_snr_weight, variational_bound
 
 
 class FineTune(L.LightningModule):
@@ -27,8 +28,11 @@ class FineTune(L.LightningModule):
         lr_scheduler: constant, or cosine down to zero over the run.
         lr_warmup_steps: of linear warm-up.
         snr_gamma: min-SNR weighting with this gamma; plain squared error if absent.
+        vb_weight: of the variational bound's term, by which a learned variance is trained, beside the squared error
+            (Nichol & Dhariwal 2021, arXiv 2102.09672, sec. 3.1, where it is 0.001 T); 0 leaves the variance untrained.
         density: of the training times: uniform on the path, logit_normal or mode.
         ema_decay: of the averaged network that validation, comparison and export use; 0 keeps none.
+        lora: trains a low-rank adapter, and in full only what the base does not have, in place of the whole network.
     """
 
     def __init__(
@@ -43,20 +47,30 @@ class FineTune(L.LightningModule):
         lr_scheduler: Literal["constant", "cosine"] = "constant",
         lr_warmup_steps: int = 0,
         snr_gamma: float | None = None,
+        vb_weight: float = 1.0,
         density: Density = "uniform",
         ema_decay: float = 0.9999,
+        lora: Lora | None = None,
     ):
         super().__init__()
         self.table = list(drop or [])
         check_table(self.table, model.ladder[-1] if model.ladder else frozenset())
+        if model.learned_range and vb_weight and not isinstance(model.path, DiscretePath):
+            kind = type(model.path).__name__
+            raise ValueError(f"a learned variance is trained on a discrete path alone, got {kind}: set vb_weight to 0")
         self.model = model
         model.requires_grad_(False)
-        model.network.requires_grad_(True)
-        self.average = copy.deepcopy(model.network).requires_grad_(False) if ema_decay else None
+        if lora is None:
+            model.network.requires_grad_(True)
+        else:
+            add_adapter(model.network, lora, model.added)
+        self.lora = lora
+        frozen = {id(p): p for p in model.network.parameters() if not p.requires_grad}  # which the average shares
+        self.average = copy.deepcopy(model.network, frozen).requires_grad_(False) if ema_decay else None
         self.learning_rate, self.lr_multipliers = learning_rate, lr_multipliers or {}
         self.weight_decay, self.betas, self.use_8bit_adam = weight_decay, betas, use_8bit_adam
         self.lr_scheduler, self.lr_warmup_steps = lr_scheduler, lr_warmup_steps
-        self.snr_gamma, self.density, self.ema_decay = snr_gamma, density, ema_decay
+        self.snr_gamma, self.vb_weight, self.density, self.ema_decay = snr_gamma, vb_weight, density, ema_decay
         self.strict_loading = False  # checkpoints hold no frozen network; `on_load_checkpoint` checks the rest
         self.train()
 
@@ -77,15 +91,21 @@ class FineTune(L.LightningModule):
     # --- the objective
 
     def loss(self, x_0: Tensor, condition: Condition, eps: Tensor, t: Tensor) -> Tensor:
-        """The weighted squared error (B,) of the prediction at x_t, t (B,), from x_0 and eps (B, *shape)."""
+        """The weighted squared error (B,) of the prediction at x_t, t (B,), from x_0 and eps (B, *shape); of a model
+        with a learned variance, plus the variational bound."""
         alpha, sigma = self.model.path.coefficients(t)
         a, b = weights(self.model.prediction, alpha, sigma)
         target = like(a, x_0) * x_0 + like(b, x_0) * eps
-        out = self.model.denoise(add_noise(x_0, eps, alpha, sigma), t, condition)
+        x_t = add_noise(x_0, eps, alpha, sigma)
+        out, v = self.model.denoise_with_variance(x_t, t, condition)
         error = (out.float() - target.float()).square().flatten(1).mean(1)
-        if self.snr_gamma is None:
+        if self.snr_gamma is not None:
+            error = error * min_snr_weight(self.model.prediction, alpha, sigma, self.snr_gamma).to(error)
+        if v is None or not self.vb_weight:
             return error
-        return error * min_snr_weight(self.model.prediction, alpha, sigma, self.snr_gamma).to(error)
+        assert isinstance(self.model.path, DiscretePath)
+        bound = variational_bound(self.model.path, self.model.prediction, out.float(), v.float(), x_0, x_t, t)
+        return error + self.vb_weight * bound
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         with torch.no_grad():
@@ -135,10 +155,11 @@ class FineTune(L.LightningModule):
         step = self.trainer.global_step + 1
         decay = min(self.ema_decay, (1 + step) / (10 + step))
         with torch.no_grad():
-            live = [p.detach() for p in self.model.network.parameters()]
-            torch._foreach_lerp_(list(self.average.parameters()), live, 1 - decay)
-            for mean, buffer in zip(self.average.buffers(), self.model.network.buffers(), strict=True):
-                mean.copy_(buffer)
+            both = zip(self.average.parameters(), self.model.network.parameters(), strict=True)
+            mean, live = zip(*((mean, live.detach()) for mean, live in both if live.requires_grad), strict=True)
+            torch._foreach_lerp_(mean, live, 1 - decay)
+            for own, buffer in zip(self.average.buffers(), self.model.network.buffers(), strict=True):
+                own.copy_(buffer)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -167,11 +188,24 @@ class FineTune(L.LightningModule):
                 module.training = mode
             self.model.network = live
 
+    @contextmanager
+    def deployed(self) -> Iterator[DiffusionModel]:
+        """The `averaged()` model as bundles hold it: an adapter is merged into a plain copy of its network."""
+        with self.averaged() as model:
+            adapted = model.network
+            model.network = merged(adapted).eval() if self.lora else adapted
+            try:
+                yield model
+            finally:
+                model.network = adapted
+
     # --- optimiser and checkpoint
 
     def configure_optimizers(self) -> Any:
         groups: dict[float, list[Tensor]] = {}
         for name, parameter in self.model.network.named_parameters():
+            if not parameter.requires_grad:
+                continue
             factor = next((f for key, f in self.lr_multipliers.items() if key in name), 1.0)
             groups.setdefault(factor, []).append(parameter)
         parameters = [{"params": p, "lr": self.learning_rate * factor} for factor, p in groups.items()]
@@ -193,12 +227,19 @@ class FineTune(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._check_finite("network", *(p for p in self.model.network.parameters() if p.is_floating_point()))
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {k: v for k, v in state.items() if k.startswith(("model.network.", "average."))}
+        kept = self._kept()
+        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
+
+    def _kept(self) -> set[str]:
+        """What checkpoints hold: the network and its average; with an adapter, what is trained of them."""
+        network = self.model.network
+        trained = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+        names = trained if self.lora else list(network.state_dict())
+        places = ("model.network", "average") if self.average is not None else ("model.network",)
+        return {f"{place}.{name}" for place in places for name in names}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        found = checkpoint["state_dict"].keys()
-        wanted = {k for k in self.state_dict() if k.startswith(("model.network.", "average."))}
+        found, wanted = checkpoint["state_dict"].keys(), self._kept()
         if missing := sorted(wanted - found):
             raise ValueError(f"the checkpoint lacks {len(missing)} of the network's tensors, {missing[0]} for one")
         if extra := sorted(found - wanted):

@@ -1,5 +1,6 @@
-"""What a training step draws and minimises: condition drop-out, times, and the weight of the loss."""
+"""What a training step draws and minimises: condition drop-out, times, the weight of the loss, a learned variance's."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..sample.model import Condition
-from ..sample.noise import Prediction, weights
+from ..sample.noise import DiscretePath, Prediction, like, split, weights
 
 Density = Literal["uniform", "logit_normal", "mode"]
 
@@ -69,3 +70,42 @@ def min_snr_weight(prediction: Prediction, alpha: Tensor, sigma: Tensor, gamma: 
     a, b = weights(prediction, alpha, sigma)
     snr = (alpha / sigma) ** 2
     return snr.clamp(max=gamma) * (sigma / (alpha * b - sigma * a)) ** 2
+
+
+def variational_bound(
+    path: DiscretePath, prediction: Prediction, out: Tensor, v: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor
+) -> Tensor:
+    """The variational bound's term at whole t (B,), in bits per dimension (B,): what a learned variance is trained by.
+
+    out, v: the prediction at x_t and the learned range, each (B, *shape). The variance is beta_t^u beta~_t^(1 - u) with
+    u = (v + 1) / 2, and the mean takes no gradient (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 15, sec. 3.1). Above
+    t = 0: the divergence from the posterior q(x_{t-1} | x_t, x_0) (Ho et al. 2020, arXiv 2006.11239, eqs. 5 to 7).
+    At t = 0: the likelihood of x_0 (eq. 13).
+    """
+    bar = path.alphas_cumprod
+    before = torch.cat([torch.ones_like(bar[:1]), bar[:-1]])
+    beta = 1 - bar / before
+    posterior = beta * (1 - before) / (1 - bar)
+    posterior[0] = posterior[1]  # its own is zero, which has no logarithm
+    share = before.sqrt() * beta / (1 - bar)  # of x_0 in the posterior's mean; that of x_t is the same in both means
+    low, high, share = (like(c.float().to(t.device)[t], x_0) for c in (posterior.log(), beta.log(), share))
+    guess, _ = split(prediction, out.detach(), x_t, *(like(c, x_0) for c in path.coefficients(t)))
+    log_variance = low + (v + 1) / 2 * (high - low)
+    off = share * (x_0 - guess)
+    divergence = (log_variance - low + (low - log_variance).exp() + off**2 * (-log_variance).exp() - 1) / 2
+    first = like(t == 0, x_0).bool()  # there the model's mean is its guess of x_0
+    nats = torch.where(first, -_log_likelihood(x_0, guess, (log_variance / 2).exp()), divergence)
+    return nats.flatten(1).mean(1) / math.log(2)
+
+
+def _log_likelihood(x_0: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    """Of the levels that x_0 lies in, 2/255 wide on [-1, 1] with open ends (Ho et al. 2020, eq. 13)."""
+
+    def below(edge: Tensor) -> Tensor:
+        # The normal's CDF in Page's form (1977), by which the published networks were trained: its tails weigh here.
+        z = (edge - mean) / deviation
+        return torch.sigmoid(2 * math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))
+
+    lower = torch.where(x_0 < -0.999, 0, below(x_0 - 1 / 255))
+    upper = torch.where(x_0 > 0.999, 1, below(x_0 + 1 / 255))
+    return (upper - lower).clamp(min=1e-12).log()

@@ -17,6 +17,8 @@ from ..noise import DiscretePath
 from .dit_network import HEADS, DiTNetwork, network_from_diffusers, network_from_state, sizes_of
 
 PIXELS = "pixels in [-1, 1]"
+LICENCE = "CC-BY-NC-4.0"
+"""Of the authors' weights."""
 
 
 class DiT(DiffusionModel):
@@ -27,6 +29,7 @@ class DiT(DiffusionModel):
     """
 
     network_name = "transformer"
+    added = ("y_embedder",)
     published_as = ("DiTPipeline", "DiTTransformer2DModel", "DiTNetwork")
 
     def __init__(self, network: nn.Module, vae: AutoencoderKL | None = None, space: str | None = None):
@@ -82,12 +85,12 @@ class DiT(DiffusionModel):
         return cls(network, read_autoencoder(vae) if isinstance(vae, str) else vae)
 
     @classmethod
-    def from_base(cls, base: DiffusionModel, num_classes: int = 0, row_std: float = 1.0) -> "DiT":
+    def from_base(cls, base: DiffusionModel, num_classes: int = 0, row_std: float | None = None) -> "DiT":
         """A model to fine-tune on a new label set from `base`, which is left as it is; they share the autoencoder.
 
         The null row is the base's, so that the first unconditional prediction is the base's own. New class rows are the
-        null row plus normals of `row_std`: copies, and rows as close as fresh ones, would learn slowly. ValueError
-        where the base is no DiT.
+        null row plus normals as wide as the base's class rows, or of `row_std`, 1 where it has none: copies would learn
+        slowly. ValueError where the base is no DiT.
         """
         if not isinstance(base, DiT):
             raise ValueError(f"DiT starts from a DiT, got {type(base).__name__}")
@@ -96,10 +99,14 @@ class DiT(DiffusionModel):
             network = DiTNetwork.from_config({**config, "num_classes": num_classes})
         state = {name: tensor.clone() for name, tensor in base.network.state_dict().items()}
         rows = state["y_embedder.embedding_table.weight"]
+        if row_std is None:
+            row_std = rows[:-1].std(0).mean().item() if len(rows) > 2 else 1.0
         spread = row_std * torch.randn(num_classes, rows.shape[1])
         state["y_embedder.embedding_table.weight"] = torch.cat([rows[-1:] + spread.to(rows), rows[-1:]])
         network.load_state_dict(state, assign=True)
-        return cls(network, base.vae, base.space)
+        model = cls(network, base.vae, base.space)
+        model.licence = base.licence
+        return model
 
     @classmethod
     def from_pretrained(
@@ -136,7 +143,9 @@ class DiT(DiffusionModel):
         else:
             network = network_from_state(choose_weights(read_checkpoint(path), weights, path), path, num_heads)
         model = cls(network, vae, space)
-        return cls(network, space=model.space) if prior_only else model
+        model = cls(network, space=model.space) if prior_only else model
+        model.licence = LICENCE
+        return model
 
     @classmethod
     def recognise(cls, shapes: Mapping[str, tuple[int, ...]]) -> str | None:

@@ -4,6 +4,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path as File
+from typing import Any
 
 import torch
 from diffusers import ConfigMixin, DiTTransformer2DModel, ModelMixin
@@ -13,8 +14,10 @@ from torch.nn import functional as F
 
 from ..checkpoint import load_exactly
 
-HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
-"""Attention heads by width: DiT-S, B, L and XL (the paper's table 1). No tensor's shape tells their number."""
+SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+"""Width, layers and attention heads of DiT-S to DiT-XL (the paper's table 1)."""
+HEADS = {width: heads for width, _, heads in SIZES.values()}
+"""Attention heads by width: no tensor's shape tells their number."""
 
 
 def time_features(t: Tensor, features: int = 256) -> Tensor:
@@ -182,27 +185,65 @@ class DiTNetwork(ModelMixin, ConfigMixin):
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, size, size)
 
 
+def published(name: str = "XL/2", resolution: int = 256, num_classes: int = 1000) -> dict[str, Any]:
+    """DiTNetwork's arguments for one of the paper's models, "S/8" to "XL/2", on pictures of `resolution`, whose latents
+    are an eighth as wide. ValueError for another name."""
+    size, _, patch_size = name.partition("/")
+    if size not in SIZES or patch_size not in ("2", "4", "8"):
+        raise ValueError(f"name must be one of {', '.join(SIZES)} with a patch of 2, 4 or 8, as in XL/2, got {name!r}")
+    width, depth, num_heads = SIZES[size]
+    return {
+        "input_size": resolution // 8,
+        "patch_size": int(patch_size),
+        "hidden_size": width,
+        "depth": depth,
+        "num_heads": num_heads,
+        "num_classes": num_classes,
+    }
+
+
+NEEDED = {
+    "x_embedder.proj.weight": 4,
+    "pos_embed": 3,
+    "y_embedder.embedding_table.weight": 2,
+    "blocks.0.attn.qkv.weight": 2,
+    "final_layer.linear.weight": 2,
+}
+"""Tensors that tell a DiT's sizes, and that it is one, with their dimensions."""
+
+
+def sizes_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+    """DiTNetwork's arguments but the heads, off the original's names and shapes; None where they are no DiT's.
+
+    The class table's last row is taken for the null, as in every published file.
+    """
+    if any(len(shapes.get(name, ())) != dimensions for name, dimensions in NEEDED.items()):
+        return None
+    width, channels, patch_size, _ = shapes["x_embedder.proj.weight"]
+    return {
+        "input_size": math.isqrt(shapes["pos_embed"][1]) * patch_size,
+        "patch_size": patch_size,
+        "in_channels": channels,
+        "hidden_size": width,
+        "depth": len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}),
+        "num_classes": shapes["y_embedder.embedding_table.weight"][0] - 1,
+        "learn_sigma": shapes["final_layer.linear.weight"][0] == 2 * channels * patch_size**2,
+    }
+
+
 def network_from_state(state: Mapping[str, Tensor], path: str | File, num_heads: int | None = None) -> DiTNetwork:
     """The network whose original weights these are, its sizes read off their names and shapes.
 
-    The class table's last row is taken for the null, as in every published file. ValueError where it is no DiT.
+    The tensors become the network's own; nothing is copied but what is not in float32. ValueError where it is no DiT.
     """
-    needed = ("x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight", "final_layer.linear.weight")
-    if missing := [name for name in needed if name not in state]:
+    sizes = sizes_of({name: tuple(tensor.shape) for name, tensor in state.items()})
+    if sizes is None:
+        missing = [name for name, dimensions in NEEDED.items() if name not in state or state[name].ndim != dimensions]
         raise ValueError(f"{path} is no DiT: it lacks {', '.join(missing)}; it begins with {', '.join([*state][:4])}")
-    width, channels, patch_size, _ = state["x_embedder.proj.weight"].shape
-    if num_heads is None and width not in HEADS:
+    if num_heads is None and (width := sizes["hidden_size"]) not in HEADS:
         raise ValueError(f"num_heads cannot be read off {path}, whose width {width} is none of {[*HEADS]}: give it")
-    network = DiTNetwork(
-        input_size=math.isqrt(state["pos_embed"].shape[1]) * patch_size,
-        patch_size=patch_size,
-        in_channels=channels,
-        hidden_size=width,
-        depth=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
-        num_heads=num_heads or HEADS[width],
-        num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
-        learn_sigma=len(state["final_layer.linear.weight"]) == 2 * channels * patch_size**2,
-    )
+    with torch.device("meta"):
+        network = DiTNetwork(**sizes, num_heads=num_heads or HEADS[sizes["hidden_size"]])
     load_exactly(network, state, path)
     return network
 

@@ -17,7 +17,6 @@ from ..published import factor, fits, latent_side, needed, read_parts, space_of,
 from ..text import encode_text
 from .stable_diffusion import StableDiffusion
 
-
 LICENCE = "MIT"
 """Of the published weights, whose base is under CreativeML OpenRAIL-M."""
 
@@ -30,6 +29,7 @@ class InstructPix2Pix(DiffusionModel):
     Two scales: the image's first (the authors' 1.5), then the text's (7.5); the paper's equation 3.
     """
 
+    added = ("conv_in",)
     published_as = ("StableDiffusionInstructPix2PixPipeline",)
     null_text: Tensor
 

@@ -22,6 +22,8 @@ class PixelUNet(DiffusionModel):
     channels that fine-tuning adds learn faster than what they were added to, at one learning rate.
     """
 
+    added = ("conv_in", "class_embedding")
+
     def __init__(
         self,
         network: nn.Module,

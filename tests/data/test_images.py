@@ -27,6 +27,19 @@ def test_keeps_the_centre_of_the_longer_side():
     assert fit(torch.zeros(1, 1, 33, 50, dtype=torch.uint8), 16, pad=True).shape == (1, 1, 16, 16)
 
 
+def test_the_square_is_cut_out_where_asked():
+    ramp = torch.arange(100, dtype=torch.uint8).expand(1, 1, 40, 100)
+    for across, first in ((0.0, 0), (0.5, 30), (0.999, 60)):
+        assert torch.equal(fit(ramp, 40, pad=False, place=(0.7, across)), ramp[..., first : first + 40])
+        assert torch.equal(fit(ramp.mT, 40, pad=False, place=(across, 0.7)), ramp.mT[..., first : first + 40, :])
+
+
+def test_long_strips_are_refused_before_they_are_resized(tmp_path):
+    assert fit(torch.zeros(1, 1, 2, 100, dtype=torch.uint8), 8, pad=False).shape == (1, 1, 8, 8)
+    with pytest.raises(UNREADABLE, match="at most, got 1 x 60000"):
+        decode(save(tmp_path / "strip.png", Image.new("RGB", (60_000, 1))), 256, 3)
+
+
 def test_resizing_is_antialiased():
     checks = torch.zeros(1, 1, 64, 64, dtype=torch.uint8)
     checks[..., ::2, ::2] = checks[..., 1::2, 1::2] = 255
@@ -86,5 +99,6 @@ def test_broken_files(tmp_path):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UNREADABLE):
             decode(tmp_path / name, 32, 3)
-    with pytest.raises(UNREADABLE):
-        decode(tmp_path / "absent", 32, 3)
+    for source in (tmp_path / "absent", None, {"bytes": None, "path": None}):
+        with pytest.raises(UNREADABLE):
+            decode(source, 32, 3)

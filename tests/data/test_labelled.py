@@ -147,6 +147,7 @@ def test_metadata_with_labels_and_texts(tmp_path):
     ("rows", "message"),
     [
         ([{"label": 1}], "line 1, must be an object with"),
+        ([{"file_name": "../a.png"}], 'line 1, must have a "file_name" inside the folder'),
         ([{"file_name": "a.png", "label": 0}, {"file_name": "b.png"}], "all pictures a label or none, .*b.png"),
         ([{"file_name": "a.png", "label": 0}, {"file_name": "b.png", "label": 3}], r"in \[0, 3\); found 3, 1 time"),
         ([{"file_name": "a.png", "label": -1}, {"file_name": "b.png", "label": 1}], r"in \[0, 3\); found -1"),
@@ -314,3 +315,26 @@ def test_fetching_a_batch_is_cheap():
         data.splits.held.__getitems__(rows)
         best = min(best, time.perf_counter() - begun)
     assert best < 1e-3
+
+
+def test_flips_follow_from_seed_epoch_and_picture(tmp_path):
+    for i in range(16):
+        (picture := Image.new("L", (8, 8))).paste(10 * i + 50, (0, 0, 4, 8))
+        (tmp_path / "a").mkdir(exist_ok=True)
+        picture.save(tmp_path / "a" / f"{i}.png")
+    options = {"source": str(tmp_path), "resolution": 8, "train_batch_size": 7}
+
+    def sides(number, **more):
+        """Level -> whether it is on the left, over an epoch."""
+        loader = LabelledImages(**options, **more).train_dataloader()
+        loader.sampler.set_epoch(number)
+        pixels = torch.cat([batch["pixels"] for batch in loader])[:, 0, 0]
+        return {round(float(row.max()) * 255): bool(row[0] > 0) for row in pixels}
+
+    assert all(sides(0).values())
+    flipped = sides(0, random_flip=True)
+    assert 2 < sum(flipped.values()) < 12 and sides(0, random_flip=True, num_workers=2) == flipped
+    later = sides(1, random_flip=True)
+    assert any(flipped[level] != later[level] for level in flipped.keys() & later.keys())
+    held = LabelledImages(**options, random_flip=True).held_out(1)["pixels"][0, 0, 0]
+    assert held[0] > 0

@@ -1,19 +1,25 @@
-"""DiT: its contract, its start, its files. Its parity with the original is in test_dit_parity.py."""
+"""DiT: its contract, its start, its files, its sizes, and the stock pipeline beside it.
+
+Its parity with the original is in test_dit_parity.py.
+"""
 
 import argparse
+import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiTTransformer2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from safetensors.torch import save_file
 
 from priorguide.sample.guidance import unconditional
 from priorguide.sample.latents import latent_space
+from priorguide.sample.loop import make_scheduler, sample
 from priorguide.sample.model import keep_only
 from priorguide.sample.models import find
 from priorguide.sample.models.dit import DiT
-from priorguide.sample.models.dit_network import DiTNetwork
+from priorguide.sample.models.dit_network import DiTNetwork, network_from_state, published
 from priorguide.sample.models.pixel import PixelUNet
 
 
@@ -91,10 +97,15 @@ def test_a_batch_equals_its_singles(model):
         )
 
 
-def test_learned_variance_is_left_out(model):
-    assert model.network(torch.zeros(1, *model.shape), torch.zeros(1), torch.zeros(1).long()).shape == (1, 2, 8, 8)
-    assert predict(model, null_label(model)).shape == (4, *model.shape)
-    assert DiT.create(8, channels=1, width=32, depth=1, num_heads=2).network.config["learn_sigma"] is False
+def test_learned_variance_is_the_second_half(model):
+    x_t, t, condition = torch.randn(1, *model.shape), torch.tensor([500.0]), {"label": torch.tensor([1])}
+    with torch.no_grad():
+        prediction, v = model.denoise_with_variance(x_t, t, condition)
+        assert torch.equal(torch.cat([prediction, v], 1), model.network(x_t, t, condition["label"]))
+        assert torch.equal(prediction, model.denoise(x_t, t, condition))
+    assert prediction.shape == v.shape == x_t.shape and model.learned_range
+    without = DiT.create(8, channels=1, width=32, depth=1, num_heads=2)
+    assert without.denoise_with_variance(x_t, t, {})[1] is None and not without.learned_range
 
 
 @torch.no_grad()
@@ -136,10 +147,13 @@ def test_from_base_starts_at_the_base_s_unconditional_prediction(model, num_clas
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.network.state_dict().items())
 
 
-def test_from_base_spreads_new_rows_about_the_null(model):
+def test_from_base_spreads_new_rows_about_the_null_as_the_bases_own(model):
     torch.manual_seed(0)
-    for options, std in (({}, 1.0), ({"row_std": 0.3}, 0.3)):
-        rows = DiT.from_base(model, 200, **options).network.y_embedder.embedding_table.weight
+    base = DiT.create(input_size=8, channels=1, num_classes=500, width=32, depth=1, num_heads=2)
+    base.network.y_embedder.embedding_table.weight.data.normal_(3, 0.7)
+    unconditional_base = DiT.create(input_size=8, channels=1, width=32, depth=1, num_heads=2)
+    for start, options, std in ((base, {}, 0.7), (base, {"row_std": 0.3}, 0.3), (unconditional_base, {}, 1.0)):
+        rows = DiT.from_base(start, 200, **options).network.y_embedder.embedding_table.weight
         assert (rows[:-1] - rows[-1]).std().item() == pytest.approx(std, rel=0.05)
     with pytest.raises(ValueError, match="starts from a DiT, got PixelUNet"):
         DiT.from_base(PixelUNet.tiny())
@@ -183,6 +197,53 @@ def test_reads_every_size_off_a_file(tmp_path):
     assert {name: config[name] for name in sizes} == sizes
 
 
+def test_tells_what_a_file_is(model):
+    def shapes(network):
+        return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+    with torch.device("meta"):
+        full = DiTNetwork(**published("XL/2"))
+    assert DiT.recognise(shapes(full)) == "DiT of width 1152, 28 layers, 1000 classes, 8 output channels"
+    assert DiT.recognise(shapes(model.network)).endswith(" 3 classes, 2 output channels, num_heads to be given")
+    for name in ("pos_embed", "x_embedder.proj.weight", "blocks.0.attn.qkv.weight"):
+        assert DiT.recognise({key: shape for key, shape in shapes(full).items() if key != name}) is None
+        assert DiT.recognise({**shapes(full), name: (3,)}) is None
+    assert DiT.recognise(shapes(PixelUNet.tiny().network)) is None and DiT.recognise({}) is None
+
+
+def test_a_file_s_tensors_become_the_network_s_own(model):
+    state = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
+    halved = "blocks.1.mlp.fc2.bias"
+    state[halved] = state[halved].half()
+    network = network_from_state(state, "a file", num_heads=2)
+    for name, tensor in network.state_dict().items():
+        assert (tensor.data_ptr() == state[name].data_ptr()) == (name != halved) and tensor.dtype == torch.float32
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+# The paper's table 4, in millions of parameters; the original's XL/2 to the last element, the position table included.
+@pytest.mark.parametrize(
+    ("size", "patches"), [("S", (33, 33, 33)), ("B", (130, 130, 131)), ("L", (458, 458, 459)), ("XL", (675, 675, 676))]
+)
+def test_full_size(size, patches):
+    for patch, millions in zip((2, 4, 8), patches, strict=True):
+        with torch.device("meta"):
+            network = DiTNetwork(**published(f"{size}/{patch}"))
+        assert round(sum(parameter.numel() for parameter in network.parameters()) / 1e6) == millions
+
+
+def test_full_size_to_the_last_element():
+    for resolution, side, elements in ((256, 32, 675_129_632), (512, 64, 675_129_632 + (32**2 - 16**2) * 1152)):
+        with torch.device("meta"):
+            network = DiTNetwork(**published("XL/2", resolution))
+        assert sum(tensor.numel() for tensor in network.state_dict().values()) == elements
+        model = DiT(network, space="latents")
+        assert model.shape == (4, side, side) and model.num_classes == 1000 and model.learned_range
+    for name in ("M/2", "S/3", "XL"):
+        with pytest.raises(ValueError, match=f"one of S, B, L, XL with a patch of 2, 4 or 8, as in XL/2, got '{name}'"):
+            published(name)
+
+
 class Foreign:
     """What a file must not make us build."""
 
@@ -190,6 +251,7 @@ class Foreign:
 def test_bad_files_are_refused(model, tmp_path):
     state = model.network.state_dict()
     file = tmp_path / "dit.pt"
+    unreadable = "is not a whole checkpoint|is refused, and nothing of it was run"
 
     def refused(match, held=None, **options):
         if held is not None:
@@ -197,7 +259,7 @@ def test_bad_files_are_refused(model, tmp_path):
         with pytest.raises(ValueError, match=match):
             DiT.from_pretrained(file, **{"num_heads": 2, **options})
 
-    with pytest.raises(FileNotFoundError, match="no checkpoint file"):
+    with pytest.raises(FileNotFoundError, match="neither a file or folder here nor a Hub id"):
         DiT.from_pretrained(file)
     refused("num_heads cannot be read off .*width 32", state, num_heads=None)
     for zipped in (True, False):
@@ -205,10 +267,10 @@ def test_bad_files_are_refused(model, tmp_path):
         whole = file.read_bytes()
         for length in (0, 10, 100, 200, 290, len(whole) // 3, len(whole) - 100, len(whole) - 1):
             file.write_bytes(whole[:length])
-            refused("is not a whole checkpoint")
+            refused(unreadable)
     file.write_bytes(pickle.dumps(Foreign()))
-    refused("is not a whole checkpoint")
-    refused("is not a whole checkpoint", {"ema": state, "args": Foreign()})
+    refused(unreadable)
+    refused(unreadable, {"ema": state, "args": Foreign()})
     refused("must hold a dictionary of tensors, found list", [1, 2])
     refused(r"no weights called 'ema'; it has \['model'\]", {"model": state})
     refused("is no DiT: it lacks x_embedder.proj.weight, .*begins with conv_in", {"conv_in": torch.zeros(1)})
@@ -219,7 +281,7 @@ def test_bad_files_are_refused(model, tmp_path):
     file = tmp_path / "dit.safetensors"
     save_file(state, file)
     file.write_bytes(file.read_bytes()[:-100])
-    refused("is not a whole checkpoint")
+    refused(unreadable)
 
 
 def test_damaged_folders_are_refused(model, tmp_path):
@@ -265,18 +327,143 @@ def other():
     return other.eval()
 
 
-@torch.no_grad()
+def compare_with(other, model):
+    """The network's and diffusers' own outputs on one batch, of labels and the null."""
+    x, t = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(2)), torch.tensor([0.0, 500.0, 999.0])
+    label = torch.tensor([0, 4, 5])
+    with torch.no_grad():
+        return model.network(x, t, label), other(x, t, label).sample
+
+
 def test_reads_a_diffusers_folder(other, tmp_path):
     other.save_pretrained(tmp_path)
-    model = DiT.from_pretrained(tmp_path, space="latents").eval()
-    x, t, label = torch.randn(3, 4, 8, 8), torch.tensor([0.0, 500.0, 999.0]), torch.tensor([0, 4, 5])
-    expected = other(x, t, label).sample
+    found, expected = compare_with(other, DiT.from_pretrained(tmp_path, space="latents").eval())
     assert expected.std() > 0.1
-    torch.testing.assert_close(model.network(x, t, label), expected, rtol=1e-5, atol=1e-5)
-    other.transformer_blocks[1].norm1.emb.class_embedder.embedding_table.weight[0] += 1
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    other.transformer_blocks[1].norm1.emb.class_embedder.embedding_table.weight.data[0] += 1
     other.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="differently in each block .*class_embedder"):
         DiT.from_pretrained(tmp_path, space="latents")
+
+
+def test_reads_a_folder_as_the_authors_uploaded_theirs(other, tmp_path):
+    """An older class name, settings that are no more, and torch's own format, read with weights only."""
+    other.save_pretrained(tmp_path, safe_serialization=False)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"_class_name": "Transformer2DModel", "_diffusers_version": "0.12.0.dev0", "cross_attention_dim": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found, expected = compare_with(other, DiT.from_pretrained(tmp_path, space="latents").eval())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "norm_type": "ada_norm_single"}))
+    with pytest.raises(ValueError, match="must name DiTNetwork or DiTTransformer2DModel, got 'Transformer2DModel'"):
+        DiT.from_pretrained(tmp_path, space="latents")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (file,) = tmp_path.glob("*.bin")
+    file.write_bytes(pickle.dumps(Foreign()))
+    with pytest.raises(ValueError, match="no whole DiTTransformer2DModel"):
+        DiT.from_pretrained(tmp_path, space="latents")
+
+
+def test_names_on_the_hub(other, tmp_path, monkeypatch):
+    """What is asked for, and in what order; the Hub itself is in test_hub.py."""
+    vae, asked = autoencoder(), []
+    (tmp_path / "safe").mkdir()
+    DiTPipeline(other, vae, DDIMScheduler()).save_pretrained(tmp_path / "safe")
+    DiTPipeline(other, vae, DDIMScheduler()).save_pretrained(tmp_path / "torch", safe_serialization=False)
+    vae.save_pretrained(tmp_path / "vae")
+
+    def locate(name, *, revision=None, allow_patterns=None):
+        asked.append((str(name), revision, allow_patterns))
+        return tmp_path / str(name).split("/")[-1] if str(name).startswith("owner/") else Path(name)
+
+    monkeypatch.setattr("priorguide.sample.models.dit.locate", locate)
+    model = DiT.from_pretrained("owner/safe", revision="v1")
+    assert asked.pop(0) == ("owner/safe", "v1", None) and model.space == latent_space(vae)
+    asked.clear()
+    DiT.from_pretrained("owner/torch", revision="v2")
+    assert asked[:2] == [("owner/torch", "v2", None), ("owner/torch", "v2", ["*.json", "*.bin"])]
+    torch.save(small().state_dict(), tmp_path / "dit.pt")
+    model = DiT.from_pretrained(tmp_path / "dit.pt", num_heads=2, vae="owner/vae")
+    assert asked[-1] == ("owner/vae", None, None) and model.space == latent_space(vae)
+
+
+def test_a_prior_alone_keeps_its_space(other, tmp_path):
+    DiTPipeline(other, autoencoder(), DDIMScheduler()).save_pretrained(tmp_path)
+    whole, alone = DiT.from_pretrained(tmp_path), DiT.from_pretrained(tmp_path, prior_only=True)
+    assert alone.vae is None and whole.vae is not None and alone.space == whole.space == latent_space(whole.vae)
+    tuned = DiT.from_base(whole, num_classes=2)
+    unconditional(alone, onto=tuned)
+    assert tuned.vae is whole.vae
+    assert {alone.licence, tuned.licence} == {"CC-BY-NC-4.0"} and DiT.tiny().licence is None
+
+
+class StockDiT(DiT):
+    """diffusers' own network in its own conventions, for this project's loop."""
+
+    def __init__(self, network, vae):
+        super().__init__(small(num_classes=network.config.num_embeds_ada_norm), vae)
+        self.network = network
+
+    def denoise_with_variance(self, x_t, t, condition):
+        return self.network(x_t, t, condition["label"]).sample.chunk(2, 1)
+
+
+def stock(seed=0):
+    """A network as diffusers makes it: frequencies shifted by 1, norms with 1e-5, one embedding for all blocks."""
+    torch.manual_seed(seed)
+    network = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2, sample_size=8
+    )
+    for name, parameter in network.named_parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=1.0 if "class_embedder" in name else 0.15)
+    shared = network.transformer_blocks[0].norm1.emb.state_dict()
+    network.transformer_blocks[1].norm1.emb.load_state_dict(shared)
+    return network.eval()
+
+
+def as_the_original(network):
+    """The same network with the original's frequencies and norms."""
+    for block in network.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+        block.norm3.eps = 1e-6
+    return network
+
+
+def by_the_pipeline(network, vae, labels, scale, steps):
+    scheduler = DDIMScheduler(
+        beta_schedule="linear", beta_start=1e-4, beta_end=0.02, clip_sample=False, set_alpha_to_one=True
+    )
+    pipeline = DiTPipeline(network, vae, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(5)
+    return pipeline(
+        labels, guidance_scale=scale, num_inference_steps=steps, generator=generator, output_type="pt"
+    ).images
+
+
+def by_our_loop(model, labels, scale, steps):
+    noise = torch.randn(len(labels), *model.shape, generator=torch.Generator().manual_seed(5))
+    condition = {"label": torch.tensor(labels)}
+    scheduler = make_scheduler(model, "ddim", timestep_spacing="leading")
+    options = {"scheduler": scheduler, "scales": [scale], "steps": steps, "noise": noise}
+    return model.decode(sample(model, condition, range(len(labels)), **options))
+
+
+@torch.no_grad()
+def test_equals_the_stock_pipeline(tmp_path):
+    """From the same noise, all four channels guided: the stock network in its own conventions through our loop, and
+    ours once the stock one has the original's; as shipped, diffusers' conventions make another network."""
+    vae, settings = autoencoder(), ([207, 3, 999], 4.0, 10)
+    network = stock()
+    pictures = by_the_pipeline(network, vae, *settings)
+    assert pictures.std() > 0.05
+    torch.testing.assert_close(by_our_loop(StockDiT(network, vae).eval(), *settings), pictures, rtol=0, atol=1e-4)
+    network.save_pretrained(tmp_path)
+    own = by_our_loop(DiT.from_pretrained(tmp_path, vae=vae).eval(), *settings)
+    assert (own - pictures).abs().max() > 1e-2
+    original = by_the_pipeline(as_the_original(network), vae, *settings)
+    torch.testing.assert_close(own, original, rtol=0, atol=1e-4)
 
 
 def test_latents_of_a_frozen_autoencoder(tmp_path):

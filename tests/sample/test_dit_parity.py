@@ -4,12 +4,13 @@ import parity
 import pytest
 import torch
 
-from priorguide.sample.guidance import guide, unconditional
+from priorguide.sample.guidance import Guidance, combine, unconditional
 from priorguide.sample.loop import make_scheduler, sample
 from priorguide.sample.model import keep_only
 from priorguide.sample.models.dit import DiT
 from priorguide.sample.models.dit_network import DiTNetwork, position_table, time_features
 from priorguide.sample.noise import add_noise
+from priorguide.train.fine_tune import FineTune
 
 
 @pytest.fixture(scope="module")
@@ -84,33 +85,87 @@ def test_parity_network_outputs(vectors, models):
         assert vectors.error(whole(models[name], vectors, null), f"{prefix}out_null") < tolerance
 
 
-def test_parity_guided_predictions(vectors, models):
-    model, condition = models["finetuned"], labels(vectors)
-    conditional = predict(model, vectors, condition)
-    for base, name in ((model, "guided_eps_own"), (models["prior"], "guided_eps_prior")):
-        prior = unconditional(base, onto=model)
-        out = predict(prior.model, vectors, prior.condition(condition, len(vectors.io["y"])))
-        lowest = prior.express(out, vectors.io["x_t"], vectors.io["t"])
-        guided = guide([lowest, conditional], [vectors.spec["guidance"]["g"]])
-        assert vectors.relative_error(guided, name) < parity.GUIDED_TOLERANCE
+BASES = [("finetuned", ""), ("prior", "_prior")]
+"""Whose null prediction the guidance starts from, and what the references of that are called."""
 
 
-def test_parity_sampled_with_the_base_as_prior(vectors, models):
-    model, io = models["finetuned"], vectors.io
-    # DDIM on timesteps that are 111 apart. diffusers' DDIMScheduler steps by 1000 // 10 whatever its spacing; the
-    # first-order DPM-Solver++ is the same sampler (arXiv 2211.01095, section 4) and takes the timesteps themselves.
-    scheduler = make_scheduler(model, "dpm++", solver_order=1, final_sigmas_type="zero")
-    arguments = {
-        "seeds": range(len(io["z"])),
-        "scheduler": scheduler,
-        "scales": [vectors.spec["guidance"]["g"]],
-        "timesteps": io["respaced_timesteps"].flip(0).tolist(),
-        "noise": io["z"],
+@pytest.mark.parametrize(("base", "suffix"), BASES)
+@torch.no_grad()
+def test_parity_guided_predictions(vectors, models, base, suffix):
+    model, condition, io = models["finetuned"], labels(vectors), vectors.io
+    scales = (vectors.spec["guidance"]["g"],)
+    conditional, variance = model.denoise_with_variance(io["x_t"], io["t"], condition)
+    prior = unconditional(models[base], onto=model)
+    out = predict(prior.model, vectors, prior.condition(condition, len(io["y"])))
+    ladder = [prior.express(out, io["x_t"], io["t"]), conditional]
+    everywhere = combine(Guidance(scales, prior), ladder, scales)
+    assert vectors.relative_error(everywhere, f"guided_eps{suffix or '_own'}") < parity.GUIDED_TOLERANCE
+    of_three = combine(Guidance(scales, prior, channels=3), ladder, scales)
+    assert vectors.relative_error(torch.cat([of_three, variance], 1), f"out_cfg3{suffix}") < parity.GUIDED_TOLERANCE
+
+
+def trajectory(vectors, models, base, scheduler, **options):
+    """Samples from the vectors' own start, guided by the null prediction of `base`."""
+    model = models["finetuned"]
+    return sample(
+        model,
+        labels(vectors),
+        range(len(vectors.io["z"])),
+        scheduler=scheduler,
+        scales=[vectors.spec["guidance"]["g"]],
+        prior=unconditional(models[base], onto=model),
+        noise=vectors.io["z"],
+        **options,
+    )
+
+
+def falling(vectors):
+    return vectors.io["respaced_timesteps"].flip(0).tolist()
+
+
+@pytest.mark.parametrize(("base", "suffix"), BASES)
+def test_parity_ddim(vectors, models, base, suffix):
+    # The timesteps are 111 apart. diffusers' DDIMScheduler steps by 1000 // 10 whatever its spacing; the first-order
+    # DPM-Solver++ is the same sampler (arXiv 2211.01095, section 4) and takes the timesteps themselves.
+    scheduler = make_scheduler(models["finetuned"], "dpm++", solver_order=1, final_sigmas_type="zero")
+    found = {
+        name: trajectory(vectors, models, base, scheduler, timesteps=falling(vectors), channels=channels)
+        for name, channels in (("", 3), ("_4ch", None))
     }
-    pictures = sample(model, labels(vectors), prior=unconditional(models["prior"], onto=model), **arguments)
-    assert vectors.relative_error(pictures, "ddim10_prior_4ch") < parity.TRAJECTORY_TOLERANCE
-    own = sample(model, labels(vectors), **arguments)
-    assert vectors.relative_error(own, "ddim10_prior_4ch") > 0.1
+    assert vectors.relative_error(found[""], f"ddim10{suffix}") < parity.TRAJECTORY_TOLERANCE
+    if suffix:
+        assert vectors.relative_error(found["_4ch"], f"ddim10{suffix}_4ch") < parity.TRAJECTORY_TOLERANCE
+    assert vectors.relative_error(found["_4ch"], f"ddim10{suffix}") > 0.1
+
+
+@pytest.mark.parametrize(("base", "suffix"), BASES)
+def test_parity_ancestral_with_the_learned_variance(vectors, models, base, suffix):
+    io = vectors.io
+    options = {"channels": 3, "step_noise": io["sampler_noise"]}
+    scheduler = make_scheduler(models["finetuned"], "ddpm", variance_type="learned_range")
+    found = trajectory(vectors, models, base, scheduler, timesteps=falling(vectors), **options)
+    assert vectors.relative_error(found, f"ancestral10{suffix}") < parity.TRAJECTORY_TOLERANCE
+    fixed = make_scheduler(models["finetuned"], "ddpm")
+    found = trajectory(vectors, models, base, fixed, timesteps=falling(vectors), **options)
+    assert vectors.relative_error(found, f"ancestral10{suffix}") > 5 * parity.TRAJECTORY_TOLERANCE
+
+
+def test_parity_respaced_timesteps(vectors, models):
+    scheduler = make_scheduler(models["finetuned"], "ddpm", timestep_spacing="linspace", variance_type="learned_range")
+    scheduler.set_timesteps(len(vectors.io["respaced_timesteps"]))
+    assert scheduler.timesteps.tolist() == falling(vectors)
+
+
+@torch.no_grad()
+def test_parity_training_loss(vectors, models):
+    model, io = models["finetuned"], vectors.io
+    found = {
+        weight: FineTune(model, vb_weight=weight, ema_decay=0).loss(io["x0"], labels(vectors), io["noise"], io["t"])
+        for weight in (0.0, 1.0)
+    }
+    assert vectors.error(found[0.0], "train_mse") < parity.NETWORK_TOLERANCE
+    assert vectors.error(found[1.0] - found[0.0], "train_vb") < parity.NETWORK_TOLERANCE
+    assert vectors.error(found[1.0], "train_loss") < parity.NETWORK_TOLERANCE
 
 
 def test_parity_null_is_the_last_row(vectors, models):

@@ -22,7 +22,7 @@ from priorguide.train.cli import main, parse_scales
 from priorguide.train.errors import innermost, sentence
 from priorguide.train.sampling import parse_seeds
 
-COMMANDS = ("quickstart", "fit", "compare", "export", "sample", "verify")
+COMMANDS = ("quickstart", "fit", "compare", "export", "sample", "verify", "doctor")
 TRAINING_ONLY = ("lightning", "pytorch_lightning", "wandb", "datasets", "jsonargparse", "torchmetrics", "bitsandbytes")
 
 
@@ -401,6 +401,7 @@ PathFinder.find_spec = classmethod(find_spec)
 from priorguide.train.cli import main
 bundle, picture, out = sys.argv[1:]
 assert main(["verify", bundle]) == 0
+assert main(["doctor", bundle]) == 0
 assert main(["sample", bundle, "--condition", f"image={{picture}}", "--seeds", "3,5", "--out", out]) == 0
 assert main(["sample", bundle, "--recorded", "--steps", "1", "--out", out + "2"]) == 0
 assert main(["fit", "--config", "any.yaml"]) == 1

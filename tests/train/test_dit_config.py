@@ -1,4 +1,4 @@
-"""The DiT configs: the overlay that runs offline, and a base in the published layout fine-tuned on class folders."""
+"""DiT's config as a user runs it: a published base, fine-tuned on class folders, to pictures of a bundle."""
 
 import json
 from pathlib import Path
@@ -21,31 +21,14 @@ def whole_way(run: Path, monkeypatch) -> Bundle:
     assert main(["compare", str(run), "--scales", "1,1.5"]) == 0
     record = json.loads((run / "comparison" / "record.json").read_text())
     assert {row["prior"] for row in record["rows"]} == {"none", "self", "base"} and record["verdict"]["sentence"]
-    assert main(["export", str(run), "--prior", "base", "--scale", "1.5"]) == 0
+    export = ["export", str(run), "--prior", "base", "--scale", "1.5"]
+    assert main(export) == 1  # the published weights are not for every use
+    assert main([*export, "--restricted"]) == 0
     bundle = Bundle.load(run / "bundle")
     recorded = bundle.recorded()
     assert torch.equal(bundle.sample(recorded.condition, recorded.seeds), recorded.pictures)
     assert recorded.pictures.std() > 0.01
     return bundle
-
-
-def test_the_overlay_runs_offline(tmp_path, monkeypatch):
-    """As the file says, in another folder and with fewer steps."""
-    run = tmp_path / "run"
-    configs = ["--config", str(CONFIGS / "dit.yaml"), "--config", str(CONFIGS / "dit_offline.yaml")]
-    places = ["--trainer.default_root_dir", str(run), "--trainer.enable_progress_bar", "false", "--threads", "1"]
-    callbacks = yaml.safe_load((CONFIGS / "dit_offline.yaml").read_text())["trainer"]["callbacks"][1:]
-    assert (
-        main(["fit", *configs, *places, "--trainer.max_steps", "10", "--trainer.callbacks", json.dumps(callbacks)]) == 0
-    )
-    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 10
-    assert len((run / "compare" / "metrics.jsonl").read_text().splitlines()) == 1
-    written = (run / "config.yaml").read_text()
-    assert (
-        PUBLISHED not in written and yaml.safe_load(written)["model"]["weight_decay"] == 0
-    )  # dit.yaml's, not the default
-    bundle = whole_way(run, monkeypatch)
-    assert bundle.model.num_classes == 10 and bundle.model.learned_range
 
 
 def write_published(folder: Path) -> Path:

@@ -99,6 +99,19 @@ def test_every_published_system_goes_the_whole_way_offline(overlay, tmp_path, mo
     assert check_bundle(run / "bundle").guidance.prior is not None
 
 
+@pytest.mark.parametrize("system", ["instruct_pix2pix", "dit"])
+def test_an_adapter_goes_the_whole_way(system, tmp_path):
+    names, run = (system, f"{system}_offline", "lora"), tmp_path / "run"
+    configs = [word for name in names for word in ("--config", str(CONFIGS / f"{name}.yaml"))]
+    options = ["--trainer.max_steps", "4", "--checkpoint.every_n_train_steps", "4", "--threads", "1"]
+    assert main(["fit", *configs, *options, "--trainer.default_root_dir", str(run)]) == 0
+    held = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert any("lora_A" in name for name in held) and not any("base_layer" in name for name in held)
+    assert main(["export", str(run), "--model-only"]) == 0
+    network = Bundle.load(run / "model").model.network.state_dict()
+    assert not any("lora" in name or "base_layer" in name for name in network)
+
+
 @pytest.mark.parametrize("config", [under(overlay) for overlay in OVERLAYS], ids=lambda config: config.stem)
 def test_every_published_systems_config_is_understood(config, capsys):
     with pytest.raises(SystemExit) as stopped:

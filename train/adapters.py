@@ -1,0 +1,49 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685) through peft: what is trained, and one plain network of it afterwards."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A low-rank adapter on the layers whose names end in one of `target_modules`; scaled by lora_alpha / rank, which
+    is 1 where lora_alpha is absent."""
+
+    rank: int = 16
+    lora_alpha: float | None = None
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "attn.qkv", "attn.proj")
+
+
+def add_adapter(network: nn.Module, lora: Lora, in_full: Sequence[str]) -> None:
+    """Freezes the network but for a new adapter, which changes nothing yet, and for parameters whose names start with
+    one of `in_full`: those that the base does not have. ValueError where nothing matches."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    if lora.rank < 1:
+        raise ValueError(f"rank must be at least 1, got {lora.rank}")
+    network.requires_grad_(False)
+    alpha = lora.rank if lora.lora_alpha is None else lora.lora_alpha
+    config = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=list(lora.target_modules))  # type: ignore[arg-type]
+    inject_adapter_in_model(config, network, "default")
+    for start in in_full:
+        found = [p for name, p in network.named_parameters() if name.startswith(start)]
+        if not found:
+            raise ValueError(f"the network has no parameters called {start}*, which are to be trained in full")
+        for parameter in found:
+            parameter.requires_grad_(True)
+
+
+def merged(network: nn.Module) -> nn.Module:
+    """A plain copy of an adapted network: every adapter's product added to its weights."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    plain = copy.deepcopy(network)
+    for name, module in list(plain.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(plain.get_submodule(parent), child, module.get_base_layer())
+    return plain

@@ -162,11 +162,12 @@ def _need(package: str, command: str) -> None:
 
 
 def _hush() -> None:
-    """transformers draws a bar for every few weights it reads or writes; downloads keep theirs."""
+    """transformers draws bars and prints tables over every folder it reads or writes; downloads keep their bars."""
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     enable_progress_bars()
 
 

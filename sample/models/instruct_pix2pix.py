@@ -68,7 +68,8 @@ class InstructPix2Pix(DiffusionModel):
             raise ValueError("the base came without its encoders: load it without prior_only")
         old: Any = base.network
         with torch.device("meta"):
-            network = UNet2DConditionModel.from_config({**old.config, "in_channels": 8})
+            sizes = {name: value for name, value in old.config.items() if not name.startswith("_")}
+            network = UNet2DConditionModel(**{**sizes, "in_channels": 8})
         state = {name: tensor.clone() for name, tensor in old.state_dict().items()}
         kernel = state["conv_in.weight"]
         state["conv_in.weight"] = torch.cat([kernel, torch.zeros_like(kernel)], 1)

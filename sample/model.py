@@ -143,6 +143,12 @@ class DiffusionModel(nn.Module, ABC):
         return batch
 
 
+def plain_config(network: Any) -> dict[str, Any]:
+    """A diffusers network's arguments, to be changed and given to its class: `from_config` would undo a change where
+    the argument had been left at its default."""
+    return {name: value for name, value in network.config.items() if not name.startswith("_")}
+
+
 def check_labels(label: Tensor, num_classes: int) -> Tensor:
     """`label` (B,) itself. ValueError unless all are in [0, num_classes); labels on a GPU are not read, as that would
     make it wait."""

@@ -136,8 +136,8 @@ def _run(args: argparse.Namespace) -> int:
             export_model(args.run, args.checkpoint, args.out)
             return 0
         scale = parse_scales(args.scale)
-        scales = scale[0] if scale else None
-        export_run(args.run, args.checkpoint, args.comparison, args.prior, scales, args.out, args.restricted)
+        wanted = scale[0] if scale else None
+        export_run(args.run, args.checkpoint, args.comparison, args.prior, wanted, args.out, args.restricted)
     return 0
 
 

@@ -24,8 +24,8 @@ def sample(args: argparse.Namespace) -> int:
         raise ValueError(f"{out} exists already; choose a new --out, or remove it")
     if args.steps is not None and args.steps < 1:
         raise UsageError(f"steps must be at least 1, got {args.steps}")
-    scales = parse_scales(args.scale) or [None]
-    if len(scales) > 1:
+    scales = parse_scales(args.scale)
+    if scales and len(scales) > 1:
         raise UsageError(f"sampling takes one scale per rung, such as 3 or 1.5:7.5, got {args.scale!r}")
     if args.recorded and (args.condition or args.seeds):
         raise UsageError("--recorded brings its own conditions and seeds: leave --condition and --seeds out")
@@ -38,7 +38,7 @@ def sample(args: argparse.Namespace) -> int:
         condition, seeds = recorded.condition, list(recorded.seeds)
     else:
         condition, seeds = crossed(read_condition(bundle.model, args.condition), given)
-    pixels = bundle.sample(condition, seeds, scales=scales[0], steps=args.steps)
+    pixels = bundle.sample(condition, seeds, scales=scales[0] if scales else None, steps=args.steps)
     with new_folder(out) as folder:
         write_pictures(folder, pixels, seeds, len(seeds) if args.recorded else len(given))
     print(f"{len(seeds)} pictures in {out}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..checkpoint import choose_weights, read_checkpoint, read_folder
 from ..hub import locate
 from ..latents import latent_space, read_autoencoder, to_latents, to_pixels
-from ..model import Condition, DiffusionModel, check_labels
+from ..model import Condition, DiffusionModel, check_labels, plain_config
 from ..noise import DiscretePath
 from .dit_network import HEADS, DiTNetwork, network_from_diffusers, network_from_state, sizes_of
 
@@ -94,9 +94,8 @@ class DiT(DiffusionModel):
         """
         if not isinstance(base, DiT):
             raise ValueError(f"DiT starts from a DiT, got {type(base).__name__}")
-        config: Any = base.network.config
         with torch.device("meta"):
-            network = DiTNetwork.from_config({**config, "num_classes": num_classes})
+            network = DiTNetwork(**{**plain_config(base.network), "num_classes": num_classes})
         state = {name: tensor.clone() for name, tensor in base.network.state_dict().items()}
         rows = state["y_embedder.embedding_table.weight"]
         if row_std is None:

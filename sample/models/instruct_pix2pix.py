@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import ldm
 from ..latents import to_latents, to_pixels
-from ..model import Condition, DiffusionModel
+from ..model import Condition, DiffusionModel, plain_config
 from ..noise import DiscretePath, Prediction
 from ..pictures import cover
 from ..published import factor, fits, latent_side, needed, read_parts, space_of, tiny_parts
@@ -68,8 +68,7 @@ class InstructPix2Pix(DiffusionModel):
             raise ValueError("the base came without its encoders: load it without prior_only")
         old: Any = base.network
         with torch.device("meta"):
-            sizes = {name: value for name, value in old.config.items() if not name.startswith("_")}
-            network = UNet2DConditionModel(**{**sizes, "in_channels": 8})
+            network = UNet2DConditionModel(**{**plain_config(old), "in_channels": 8})
         state = {name: tensor.clone() for name, tensor in old.state_dict().items()}
         kernel = state["conv_in.weight"]
         state["conv_in.weight"] = torch.cat([kernel, torch.zeros_like(kernel)], 1)

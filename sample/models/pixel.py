@@ -9,7 +9,7 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..model import Condition, DiffusionModel, check_labels
+from ..model import Condition, DiffusionModel, check_labels, plain_config
 from ..noise import DiscretePath, Prediction
 
 
@@ -101,7 +101,7 @@ class PixelUNet(DiffusionModel):
             "in_channels": (base.picture_channels + image_channels) * base.fold**2,
             "num_class_embeds": num_classes + 1,
         }
-        network = UNet2DModel.from_config({**old.config, **widened})
+        network = UNet2DModel(**{**plain_config(old), **widened})
         state = copy.deepcopy(old.state_dict())
         kernel, rows = state["conv_in.weight"], state["class_embedding.weight"]
         new = network.state_dict()

@@ -87,7 +87,7 @@ class StableDiffusion(DiffusionModel):
         parts.prediction = parts.prediction or prediction
         side = latent_side(parts.network, needed(parts.vae), resolution)
         model = cls(**vars(parts.alone() if prior_only else parts), sample_size=side)
-        version_1 = parts.network.config["cross_attention_dim"] == 768
+        version_1 = parts.null_text.shape[-1] == 768
         model.licence = "CreativeML OpenRAIL-M" if version_1 else "CreativeML OpenRAIL++-M"
         return model
 

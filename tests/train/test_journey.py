@@ -99,7 +99,7 @@ def test_every_published_system_goes_the_whole_way_offline(overlay, tmp_path, mo
     assert check_bundle(run / "bundle").guidance.prior is not None
 
 
-@pytest.mark.parametrize("system", ["instruct_pix2pix", "dit"])
+@pytest.mark.parametrize("system", [under(overlay).stem for overlay in OVERLAYS])
 def test_an_adapter_goes_the_whole_way(system, tmp_path):
     names, run = (system, f"{system}_offline", "lora"), tmp_path / "run"
     configs = [word for name in names for word in ("--config", str(CONFIGS / f"{name}.yaml"))]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .guidance import Arm, Guidance, Prior
-from .loop import Sampler, evaluations, trajectories
+from .loop import Sampler, trajectories
 from .model import Condition, DiffusionModel
+from .planning import evaluations
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,7 @@ class Guidance:
     rescale: phi in [0, 1], see `rescale`.
     channels: so many of the first channels are guided, the rest are the conditional prediction's; None guides all. The
         authors of DiT guide 3 of 4.
+    mix: the prior's share lambda in p_0 = (1 - lambda) own + lambda prior; below 1 both are evaluated.
     guider, guider_options: a name in GUIDERS in place of `guide` (one-rung ladders), and its own arguments.
     """
 
@@ -151,6 +152,7 @@ class Guidance:
     guider: str | None = None
     guider_options: Mapping[str, Any] = field(default_factory=dict)
     channels: int | None = None
+    mix: float = 1.0
 
     def check(self, model: DiffusionModel) -> None:
         """ValueError unless this guidance fits the model's ladder."""
@@ -164,6 +166,8 @@ class Guidance:
             raise ValueError("the prior is bound onto another model; bind it with unconditional(base, onto=model)")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"rescale must lie in [0, 1], got {self.rescale}")
+        if not 0 <= self.mix <= 1:
+            raise ValueError(f"mix must lie in [0, 1], the share of the prior, got {self.mix}")
         if self.channels is not None and not 1 <= self.channels <= model.shape[0]:
             raise ValueError(f"channels must be 1 to {model.shape[0]}, the channels of x_0, got {self.channels}")
         if self.guider is not None and self.guider not in GUIDERS:

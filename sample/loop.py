@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .guidance import Guidance, Prior, combine, rungs
-from .model import Condition, DiffusionModel, keep_only
+from .model import Condition, DiffusionModel
 from .noise import Prediction, convert, like
+from .planning import Call, device_and_dtype, evaluate, plan
 from .seeds import GivenNoise, SeededNoise
 from .timesteps import set_timesteps
 
@@ -95,45 +96,6 @@ def _learned(scheduler: Any) -> bool:
     return str(scheduler.config.get("variance_type")).startswith("learned")
 
 
-@dataclass
-class _Call:
-    """One network's share of a step: the candidates' rungs that it evaluates, in one batch."""
-
-    model: DiffusionModel
-    slots: list[tuple[int, int, Prior | None]]  # (candidate, rung, the prior that the rung is read through)
-    conditions: list[Condition]
-
-    def joined(self) -> Condition:
-        names = self.conditions[0].keys()
-        return {name: torch.cat([condition[name] for condition in self.conditions]) for name in names}
-
-
-def _plan(
-    model: DiffusionModel, condition: Condition, batch: int, guidances: Sequence[Guidance], scales: Sequence[Any]
-) -> list[tuple[_Call, Condition]]:
-    """The network evaluations of a step, one call per network: rungs that share a network share a batch."""
-    calls: dict[int, _Call] = {}
-    cache: dict[Any, Condition] = {}
-    for i, (guidance, own_scales) in enumerate(zip(guidances, scales, strict=True)):
-        for k in rungs(own_scales)[0]:
-            prior = (guidance.prior or Prior(model, model)) if k == 0 else None
-            key: Any = prior if guidance.prior and k == 0 else k
-            if key not in cache and prior:
-                cache[key] = prior.condition(condition, batch)
-            elif key not in cache:
-                cache[key] = keep_only(model, condition, model.ladder[k - 1], batch)
-            network = prior.model if prior else model
-            call = calls.setdefault(id(network), _Call(network, [], []))
-            call.slots.append((i, k, prior))
-            call.conditions.append(cache[key])
-    return [(call, call.joined()) for call in calls.values()]
-
-
-def evaluations(guidance: Guidance, timesteps: Sequence[float]) -> int:
-    """Network evaluations of one sample along `timesteps`."""
-    return sum(len(rungs(guidance.scales_at(float(t)))[0]) for t in timesteps)
-
-
 @torch.no_grad()
 def trajectories(
     model: DiffusionModel,
@@ -162,7 +124,7 @@ def trajectories(
     for guidance in guidances:
         guidance.check(model)
     batch, count = len(seeds), len(guidances)
-    device = _device_and_dtype(model)[0]
+    device = device_and_dtype(model)[0]
     scheduler = copy.deepcopy(scheduler)
     set_timesteps(model, scheduler, steps, timesteps)
     source = SeededNoise(seeds, model.shape)
@@ -184,15 +146,16 @@ def trajectories(
     x = x * getattr(scheduler, "init_noise_sigma", 1.0)
     extra = _step_options(scheduler, eta)
     guiders = [guidance.make_guider() for guidance in guidances]
-    plans: dict[Any, list[tuple[_Call, Condition]]] = {}
+    plans: dict[Any, list[Call]] = {}
     total = len(scheduler.timesteps)
     for i, t in enumerate(scheduler.timesteps):
         x_t = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         scales = tuple(guidance.scales_at(float(t)) for guidance in guidances)
         if scales not in plans:
-            plans[scales] = _plan(model, condition, batch, guidances, scales)
+            plans[scales] = plan(model, condition, batch, guidances, scales)
         times = torch.full((batch,), float(t), dtype=torch.float64)
-        predictions, variances = _evaluate(plans[scales], x_t.reshape(count, batch, *model.shape), times, max_batch)
+        rows = x_t.reshape(count, batch, *model.shape)
+        predictions, variances = evaluate(plans[scales], rows, times, guidances, max_batch)
         guided = []
         for g, guidance in enumerate(guidances):
             if guiders[g] is not None:
@@ -227,6 +190,7 @@ def sample(
     guider: str | None = None,
     guider_options: Mapping[str, Any] | None = None,
     channels: int | None = None,
+    mix: float = 1.0,
     steps: int | None = None,
     timesteps: Sequence[float] | None = None,
     noise: Tensor | None = None,
@@ -239,7 +203,7 @@ def sample(
         model,
         condition,
         seeds,
-        [Guidance(tuple(scales), prior, interval, rescale, guider, guider_options or {}, channels)],
+        [Guidance(tuple(scales), prior, interval, rescale, guider, guider_options or {}, channels, mix)],
         scheduler=scheduler,
         steps=steps,
         timesteps=timesteps,
@@ -248,42 +212,6 @@ def sample(
         eta=eta,
         max_batch=max_batch,
     )[0]
-
-
-def _evaluate(
-    plan: list[tuple[_Call, Condition]], x_t: Tensor, t: Tensor, max_batch: int | None
-) -> tuple[dict[tuple[int, int], Tensor], dict[tuple[int, int], Tensor]]:
-    """Predictions, and learned variances where there are any, by (candidate, rung), in float32.
-
-    x_t (G, B, *shape), t (B,) float64 on the CPU.
-    """
-    batch = len(t)
-    predictions: dict[tuple[int, int], Tensor] = {}
-    variances: dict[tuple[int, int], Tensor] = {}
-    for call, condition in plan:
-        located = [prior.locate(x_t[g], t) if prior else (x_t[g], t) for g, _, prior in call.slots]
-        x = torch.cat([x for x, _ in located]).to(_device_and_dtype(call.model)[1])
-        times = torch.cat([t for _, t in located]).to(x.device, torch.float32)
-        rows = max_batch or len(x)
-        outs = [
-            call.model.denoise_with_variance(x[part], times[part], {k: v[part] for k, v in condition.items()})
-            for part in (slice(i, i + rows) for i in range(0, len(x), rows))
-        ]
-        out = torch.cat([prediction for prediction, _ in outs]).float()
-        for (g, k, prior), prediction in zip(call.slots, out.split(batch), strict=True):
-            predictions[g, k] = prior.express(prediction, x_t[g], t) if prior else prediction
-        learned = [variance for _, variance in outs if variance is not None]
-        if learned:
-            slots = [(g, k) for g, k, _ in call.slots]
-            variances |= dict(zip(slots, torch.cat(learned).float().split(batch), strict=True))
-    return predictions, variances
-
-
-def _device_and_dtype(model: DiffusionModel) -> tuple[torch.device, torch.dtype]:
-    parameter = next((p for p in model.network.parameters() if p.is_floating_point()), torch.empty(0))
-    # What diffusers' networks compute in; their parameters may be stored in less.
-    dtype = getattr(model.network, "dtype", parameter.dtype)
-    return parameter.device, dtype if isinstance(dtype, torch.dtype) else parameter.dtype
 
 
 def _step_options(scheduler: Any, eta: float) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from oracle import (
 )
 
 from priorguide.sample.guidance import Guidance, unconditional
-from priorguide.sample.loop import evaluations, make_scheduler, sample, trajectories
+from priorguide.sample.loop import make_scheduler, sample, trajectories
 from priorguide.sample.noise import FlowPath
+from priorguide.sample.planning import evaluations
 from priorguide.sample.seeds import SeededNoise
 
 

@@ -14,9 +14,10 @@ from oracle import (
 )
 
 from priorguide.sample.guidance import Guidance, Prior, unconditional
-from priorguide.sample.loop import make_scheduler, sample
+from priorguide.sample.loop import make_scheduler, sample, trajectories
 from priorguide.sample.models.pixel import PixelUNet
 from priorguide.sample.noise import DiscretePath, FlowPath, like, weights
+from priorguide.sample.planning import evaluations
 
 
 def draw(model, *, scheduler="ddim", steps=4, **guidance):
@@ -57,6 +58,24 @@ def test_before_training_base_and_self_give_one_picture():
     model = PixelUNet.from_base(base, num_classes=3, image_channels=1).eval()
     own, other = (draw(model, scales=[3.0], prior=p) for p in (None, unconditional(base, onto=model)))
     torch.testing.assert_close(other, own, rtol=0, atol=1e-4)
+
+
+def test_a_mixed_prior_is_a_share_of_each():
+    """One step, so that guided predictions are linear in p_0; both are evaluated, in one plan with other candidates."""
+    model, base = pixel_model(), unconditional(pixel_model(7), onto=pixel_model())
+    base = unconditional(base.model, onto=model)
+    shares = {share: Guidance((3.0,), base, mix=share) for share in (0.0, 0.25, 1.0)}
+    arguments = {"scheduler": make_scheduler(model), "steps": 1}
+    own, *mixed = trajectories(model, pixel_condition(), [1, 2, 3], [Guidance((3.0,)), *shares.values()], **arguments)
+    found = dict(zip(shares, mixed, strict=True))
+    torch.testing.assert_close(found[0.0], own, rtol=0, atol=1e-5 * float(own.abs().max()))
+    expected = torch.lerp(own, found[1.0], 0.25)
+    torch.testing.assert_close(found[0.25], expected, rtol=0, atol=1e-4 * float(own.abs().max()))
+    assert not torch.allclose(found[1.0], own, atol=1e-2)
+    assert [evaluations(guidance, [900, 500]) for guidance in shares.values()] == [6, 6, 4]
+    assert evaluations(Guidance((1.0,), base, mix=0.5), [900]) == 1
+    with pytest.raises(ValueError, match=r"mix must lie in \[0, 1\]"):
+        Guidance((3.0,), base, mix=1.5).check(model)
 
 
 def test_another_base_gives_another_picture():

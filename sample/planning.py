@@ -1,0 +1,107 @@
+"""Which network evaluations a step needs, and their predictions: rungs that share a network share a batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .guidance import Guidance, Prior, Scales, rungs
+from .model import Condition, DiffusionModel, keep_only
+
+Slots = dict[tuple[int, int], Tensor]
+"""Tensors (B, *shape) by candidate and rung."""
+OWN = -1
+"""In place of a rung: the model's own unconditional prediction, where a prior is mixed with it."""
+
+
+@dataclass
+class Call:
+    """One network's share of a step: the rungs of candidates that it evaluates, in one batch.
+
+    slots: (candidate, rung, the prior that the rung is read through). condition: parts of (len(slots) B, ...).
+    """
+
+    model: DiffusionModel
+    slots: list[tuple[int, int, Prior | None]]
+    condition: Condition
+
+
+def sources(guidance: Guidance, scales: Scales) -> list[int]:
+    """The predictions that one candidate needs at these scales: rungs, and OWN."""
+    used = rungs(scales)[0]
+    return [OWN, *used] if used[0] == 0 and guidance.prior is not None and guidance.mix < 1 else used
+
+
+def evaluations(guidance: Guidance, timesteps: Sequence[float]) -> int:
+    """Network evaluations of one sample along `timesteps`."""
+    return sum(len(sources(guidance, guidance.scales_at(float(t)))) for t in timesteps)
+
+
+def plan(
+    model: DiffusionModel, condition: Condition, batch: int, guidances: Sequence[Guidance], scales: Sequence[Scales]
+) -> list[Call]:
+    """The network evaluations of a step at these scales, one call per network."""
+    slots: dict[int, list[tuple[int, int, Prior | None]]] = {}
+    conditions: dict[int, list[Condition]] = {}
+    networks: dict[int, DiffusionModel] = {}
+    own, cache = Prior(model, model), dict[Any, Condition]()
+    for i, (guidance, own_scales) in enumerate(zip(guidances, scales, strict=True)):
+        for k in sources(guidance, own_scales):
+            prior = None if k > 0 else own if k == OWN or guidance.prior is None else guidance.prior
+            key: Any = prior or k
+            if key not in cache:
+                cache[key] = (
+                    prior.condition(condition, batch)
+                    if prior
+                    else keep_only(model, condition, model.ladder[k - 1], batch)
+                )
+            network = prior.model if prior else model
+            networks[id(network)] = network
+            slots.setdefault(id(network), []).append((i, k, prior))
+            conditions.setdefault(id(network), []).append(cache[key])
+    return [
+        Call(networks[name], slots[name], {part: torch.cat([c[part] for c in rows]) for part in rows[0]})
+        for name, rows in conditions.items()
+    ]
+
+
+def evaluate(
+    calls: Sequence[Call], x_t: Tensor, t: Tensor, guidances: Sequence[Guidance], max_batch: int | None
+) -> tuple[Slots, Slots]:
+    """Predictions in the model's own terms, and learned variances where there are any, in float32.
+
+    x_t (G, B, *shape), t (B,) float64 on the CPU. A mixed prior is (1 - mix) own + mix prior (see Guidance).
+    """
+    batch = len(t)
+    predictions: Slots = {}
+    variances: Slots = {}
+    for call in calls:
+        located = [prior.locate(x_t[g], t) if prior else (x_t[g], t) for g, _, prior in call.slots]
+        x = torch.cat([x for x, _ in located]).to(device_and_dtype(call.model)[1])
+        times = torch.cat([t for _, t in located]).to(x.device, torch.float32)
+        rows = max_batch or len(x)
+        outs = [
+            call.model.denoise_with_variance(x[part], times[part], {k: v[part] for k, v in call.condition.items()})
+            for part in (slice(i, i + rows) for i in range(0, len(x), rows))
+        ]
+        out = torch.cat([prediction for prediction, _ in outs]).float()
+        for (g, k, prior), prediction in zip(call.slots, out.split(batch), strict=True):
+            predictions[g, k] = prior.express(prediction, x_t[g], t) if prior else prediction
+        learned = [variance for _, variance in outs if variance is not None]
+        if learned:
+            slots = [(g, k) for g, k, _ in call.slots]
+            variances |= dict(zip(slots, torch.cat(learned).float().split(batch), strict=True))
+    for g, guidance in enumerate(guidances):
+        if (own := predictions.pop((g, OWN), None)) is not None:
+            predictions[g, 0] = torch.lerp(own, predictions[g, 0], guidance.mix)
+    return predictions, variances
+
+
+def device_and_dtype(model: DiffusionModel) -> tuple[torch.device, torch.dtype]:
+    """Where a model's network lives, and what it computes in."""
+    parameter = next((p for p in model.network.parameters() if p.is_floating_point()), torch.empty(0))
+    # What diffusers' networks compute in; their parameters may be stored in less.
+    dtype = getattr(model.network, "dtype", parameter.dtype)
+    return parameter.device, dtype if isinstance(dtype, torch.dtype) else parameter.dtype

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path as File
 from typing import Any
 
@@ -11,10 +12,14 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from ..sample.compare import arms, compare
+from ..sample.agreement import as_pictures, as_texts
+from ..sample.candidates import Candidate, arms
+from ..sample.compare import compare
 from ..sample.evaluate import Evaluation, costs_of, judge, to_device
-from ..sample.guidance import Arm, Guidance, unconditional
+from ..sample.guidance import Arm, Guidance, Prior
+from ..sample.health import Health, null_health
 from ..sample.loop import Sampler
+from ..sample.metrics import OF_SETS, USUAL, check_of_sets
 from ..sample.model import Condition, DiffusionModel
 from ..sample.verdict import Rule
 from .records import write_comparison
@@ -28,8 +33,8 @@ class PriorComparison(L.Callback):
     FineTune and LabelledImages have. Pictures and metrics go to the run's folder and to W&B where a WandbLogger is.
 
     Args:
-        priors: name -> model; null is the fine-tuned model itself.
-        scales: guidance scales of each, numbers or (for longer ladders) lists.
+        priors: name -> model, or a `Candidate` with options of its own; null is the fine-tuned model itself.
+        scales: guidance scales of those without their own, numbers or (for longer ladders) lists.
         sampler: scheduler, steps and options.
         every_n_steps: of the optimiser; due exactly then.
         num_conditions: held-out conditions; all ranks share them.
@@ -37,7 +42,10 @@ class PriorComparison(L.Callback):
         num_reference: held-out real pictures, after the conditions', that distances are measured to.
         batch_size: conditions at a time.
         seed: the first condition's noise seed; the others count on.
-        metric_network: features and class logits of pixels; none leaves those metrics out.
+        metric_network: features, and class logits if it has any, of pixels; none leaves those metrics out.
+        clip: CLIP's towers, for similarities to texts and pictures.
+        perceptual: distances (N,) of pictures to their targets, such as Lpips.
+        of_sets: the metrics of whole sets that are computed, among `metrics.OF_SETS`; that of the rule is always.
         rule: how the full comparison decides.
         interval: (low, high) in t; outside it there is no guidance.
         channels: how many of x_0's first channels are guided, all if absent; DiT's authors guide 3 of 4.
@@ -47,7 +55,7 @@ class PriorComparison(L.Callback):
 
     def __init__(
         self,
-        priors: dict[str, DiffusionModel | None],
+        priors: dict[str, DiffusionModel | Candidate | None],
         scales: list[float] | list[list[float]],
         sampler: Sampler | None = None,
         every_n_steps: int = 1000,
@@ -57,6 +65,9 @@ class PriorComparison(L.Callback):
         batch_size: int = 64,
         seed: int = 0,
         metric_network: nn.Module | None = None,
+        clip: nn.Module | None = None,
+        perceptual: nn.Module | None = None,
+        of_sets: Sequence[str] = USUAL,
         rule: Rule | None = None,
         interval: tuple[float, float] | None = None,
         channels: int | None = None,
@@ -67,18 +78,22 @@ class PriorComparison(L.Callback):
             raise ValueError(
                 f"every_n_steps and num_conditions must be at least 1, got {every_n_steps} and {num_conditions}"
             )
-        self.priors, self.scales, self.sampler = priors, scales, sampler or Sampler()
+        self.scales, self.sampler = scales, sampler or Sampler()
+        self.priors = {name: _candidate(prior, interval, channels) for name, prior in priors.items()}
         self.every_n_steps, self.num_conditions = every_n_steps, num_conditions
         self.num_pictures = min(num_pictures, num_conditions)
         self.num_reference, self.batch_size, self.seed = num_reference, batch_size, seed
         self.metric_network, self.rule = metric_network, rule or Rule()
-        self.interval, self.channels = interval, channels
+        self.clip, self.perceptual = clip, perceptual
+        self.of_sets = list(dict.fromkeys([*of_sets, *(name for name in OF_SETS if name in self.rule.metrics)]))
+        check_of_sets(self.of_sets)
         self.has_target, self.max_overhead = has_target, max_overhead
+        self._bound: tuple[DiffusionModel, dict[str, Prior | None]] | None = None
         self.history: list[dict[str, Any]] = []
         self.skipped: list[int] = []
         self._last_step = -1
         self.seconds = 0.0
-        for module in (metric_network, *priors.values()):
+        for module in (metric_network, clip, perceptual, *(candidate.prior for candidate in self.priors.values())):
             if module is not None:
                 module.requires_grad_(False).eval()
 
@@ -128,8 +143,13 @@ class PriorComparison(L.Callback):
 
     def candidates(self, model: DiffusionModel, scales: Sequence[Any] | None = None) -> dict[Arm, Guidance]:
         """Every prior at every scale, bound onto the model. ValueError for a base that does not fit."""
-        bound = {name: unconditional(base, onto=model) if base else None for name, base in self.priors.items()}
-        return arms(bound, scales or self.scales, {"interval": self.interval, "channels": self.channels})
+        return arms(self.priors, self._bind(model), scales or self.scales, override=scales is not None)
+
+    def _bind(self, model: DiffusionModel) -> dict[str, Prior | None]:
+        """The candidates' priors on this model; bound once, since that may read a checkpoint, or warn."""
+        if self._bound is None or self._bound[0] is not model:
+            self._bound = model, {name: candidate.bind(model) for name, candidate in self.priors.items()}
+        return self._bound[1]
 
     def check(self, model: DiffusionModel) -> None:
         """ValueError unless every candidate fits the model, and the scales its ladder."""
@@ -155,8 +175,8 @@ class PriorComparison(L.Callback):
             stack.enter_context(isolate_rng())
             stack.enter_context(torch.no_grad())
             model = stack.enter_context(pl_module.averaged())  # type: ignore[operator]
-            stack.enter_context(self.on_device(device))
             candidates = self.candidates(model, scales)
+            stack.enter_context(self.on_device(device))
             batch = data.held_out(n)
             mine = _share(n, rank, world)
             part = to_device({name: _rows(value, mine) for name, value in batch.items()}, device)
@@ -176,15 +196,36 @@ class PriorComparison(L.Callback):
                 reference=data.reference(self.num_reference, offset=n),
                 target=batch.get("pixels") if self.has_target else None,
                 label=batch.get("class", batch.get("label")),
+                text=as_texts(batch.get("text")),
+                image=as_pictures(batch.get("image")),
+                image_text=as_texts(batch.get("image_text")),
+                clip=self.clip,  # type: ignore[arg-type]
+                perceptual=self.perceptual,
+                of_sets=self.of_sets,
                 rule=self.rule if full else None,
                 costs=costs,
                 floor=batch.get("pixels") if full else None,
             )
 
+    def health(self, pl_module: L.LightningModule, data: Any, n: int) -> dict[str, Health]:
+        """The null prediction of every other network on n held-out pictures, see `null_health`."""
+        with isolate_rng(), torch.no_grad(), pl_module.averaged() as model:  # type: ignore[operator]
+            priors = self._bind(model)
+            with self.on_device(pl_module.device):
+                encoded = [model.encode(to_device(chunk, pl_module.device)) for chunk in _chunks(data.held_out(n), 16)]
+                condition = {name: torch.cat([part[name] for _, part in encoded]) for name in encoded[0][1]}
+                x_0 = torch.cat([clean for clean, _ in encoded])
+                others = {name: prior for name, prior in priors.items() if prior is not None and not prior.keep}
+                return null_health(model, others, x_0, condition, batch_size=self.batch_size)
+
     @contextmanager
     def on_device(self, device: torch.device) -> Iterator[None]:
         """Priors and metric network on the device, and back."""
-        guests = [m for m in (self.metric_network, *self.priors.values()) if m is not None]
+        priors = self._bound[1].values() if self._bound else ()
+        # A checkpoint's model shares all but its network with the one that is trained.
+        guests: list[nn.Module] = [prior.model.network for prior in priors if prior and prior.model is not prior.onto]
+        metrics = (self.metric_network, self.clip, self.perceptual)
+        guests += [m for m in (*metrics, *(c.prior for c in self.priors.values())) if m is not None]
         homes = [next((p.device for p in m.parameters()), device) for m in guests]
         try:
             for module in guests:
@@ -203,6 +244,14 @@ class PriorComparison(L.Callback):
         self.history, self.skipped = state_dict["history"], state_dict["skipped"]
 
 
+def _candidate(
+    prior: DiffusionModel | Candidate | None, interval: tuple[float, float] | None, channels: int | None
+) -> Candidate:
+    """A candidate with the comparison's options where it has none of its own."""
+    own = prior if isinstance(prior, Candidate) else Candidate(prior)
+    return replace(own, interval=own.interval or interval, channels=own.channels or channels)
+
+
 def _share(n: int, rank: int, world: int) -> Tensor:
     """A rank's conditions, the same number on every rank; those past the end repeat the first."""
     return torch.arange(rank, rank + world * -(-n // world), world) % n
@@ -210,12 +259,14 @@ def _share(n: int, rank: int, world: int) -> Tensor:
 
 def _encode(model: DiffusionModel, batch: dict[str, Any], size: int) -> Condition:
     """The batch's condition, encoded `size` rows at a time."""
-    count = len(next(iter(batch.values())))
-    chunks = [
-        model.encode_condition({name: value[start : start + size] for name, value in batch.items()})
-        for start in range(0, count, size)
-    ]
+    chunks = [model.encode_condition(chunk) for chunk in _chunks(batch, size)]
     return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+
+def _chunks(batch: dict[str, Any], size: int) -> Iterator[dict[str, Any]]:
+    """The batch, `size` rows at a time."""
+    for start in range(0, len(next(iter(batch.values()))), size):
+        yield {name: value[start : start + size] for name, value in batch.items()}
 
 
 def _rows(value: Any, rows: Tensor) -> Any:

@@ -3,12 +3,11 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .guidance import Arm, Guidance, Prior
+from .guidance import Arm, Guidance
 from .loop import Sampler, trajectories
 from .model import Condition, DiffusionModel
 from .planning import evaluations
@@ -21,16 +20,6 @@ class Cost:
     evaluations: int
     seconds_per_image: float
     extra_bytes: int
-
-
-def arms(
-    priors: Mapping[str, Prior | None],
-    scales: Sequence[float | Sequence[float]],
-    options: Mapping[str, Any] | None = None,
-) -> dict[Arm, Guidance]:
-    """Every prior at every scale. `priors`: None is the self prior; `options`: Guidance's further arguments."""
-    grid = [(float(s),) if isinstance(s, int | float) else tuple(map(float, s)) for s in scales]
-    return {(name, s): Guidance(s, prior, **(options or {})) for name, prior in priors.items() for s in grid}
 
 
 def compare(

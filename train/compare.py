@@ -22,6 +22,7 @@ from ..callbacks.wandb_log import log_result, scale_name
 from ..callbacks.wandb_run import follow_up
 from ..sample.compare import compare
 from ..sample.evaluate import Evaluation
+from ..sample.health import in_words
 from ..sample.manifest import new_folder
 from .fine_tune import FineTune
 from .fit import FitCLI, load_run
@@ -114,6 +115,8 @@ def full_comparison(
             on_step=lambda step, total: bar.update(task, completed=step, total=total),
         )
     count = conditions or callback.num_conditions
+    found = callback.health(fine_tune, data, count)
+    health = {name: {**one.to_json(), "sentence": in_words(name, one)} for name, one in found.items()}
     record: dict[str, Any] = {
         "rows": evaluation.rows(),
         "verdict": evaluation.verdict.to_json() if evaluation.verdict else None,
@@ -125,6 +128,7 @@ def full_comparison(
             "eta": callback.sampler.eta,
             **callback.sampler.options,
         },
+        "health": health,
         "conditions": count,
         "reference": callback.num_reference,
         "step": state.get("global_step"),
@@ -161,6 +165,8 @@ def show(record: dict[str, Any]) -> None:
     console.print(terminal_table(record))
     if record.get("verdict"):
         console.print(record["verdict"]["sentence"], style="bold")
+    for health in record.get("health", {}).values():
+        console.print(health["sentence"])
 
 
 def progress() -> Progress:

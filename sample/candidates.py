@@ -1,0 +1,92 @@
+"""The candidates of a comparison: whose unconditional prediction guides, how, and at which scales."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+from .checkpoint import read_checkpoint
+from .guidance import Arm, Guidance, Prior, Scales, unconditional
+from .model import DiffusionModel
+
+
+@dataclass
+class Candidate:
+    """One way to guide a model.
+
+    prior: the network at the foot of the ladder; None is the model itself.
+    checkpoint, weights: in place of a prior, the model as an earlier checkpoint of its run has it, averaged or live.
+    keep: condition parts that the prior still sees, such as the image of an edit.
+    mix: the prior's share in p_0, the rest is the model's own.
+    scales: a grid of its own. interval, channels: its own. rescale, guider, guider_options: see `Guidance`.
+    """
+
+    prior: DiffusionModel | None = None
+    checkpoint: str | None = None
+    weights: Literal["average", "model"] = "average"
+    keep: tuple[str, ...] = ()
+    mix: float = 1.0
+    scales: list[float] | list[list[float]] | None = None
+    interval: tuple[float, float] | None = None
+    channels: int | None = None
+    rescale: float = 0.0
+    guider: str | None = None
+    guider_options: dict[str, Any] = field(default_factory=dict)
+
+    def bind(self, model: DiffusionModel) -> Prior | None:
+        """The prior bound onto the model; None where it is the model's own. ValueError where it does not fit."""
+        if self.prior is not None and self.checkpoint is not None:
+            raise ValueError("a candidate has either a prior or a checkpoint, got both")
+        base = model if self.prior is None else self.prior
+        if self.checkpoint is not None:
+            base = at_checkpoint(model, self.checkpoint, self.weights)
+        plain = base is model and not self.keep
+        return None if plain else unconditional(base, onto=model, keep=frozenset(self.keep))
+
+    def guidance(self, scales: Scales, prior: Prior | None) -> Guidance:
+        options = (self.interval, self.rescale, self.guider, self.guider_options, self.channels, self.mix)
+        return Guidance(scales, prior, *options)
+
+
+def grid(scales: Sequence[float] | Sequence[Sequence[float]]) -> list[Scales]:
+    """Scales as tuples, a number being a ladder of one rung."""
+    return [(float(s),) if isinstance(s, int | float) else tuple(map(float, s)) for s in scales]
+
+
+def arms(
+    candidates: Mapping[str, Candidate],
+    bound: Mapping[str, Prior | None],
+    scales: Sequence[float] | Sequence[Sequence[float]],
+    override: bool = False,
+) -> dict[Arm, Guidance]:
+    """Every candidate at every scale of its own grid, or of `scales` where it has none, or if `override`."""
+    found = {}
+    for name, candidate in candidates.items():
+        own = scales if override or candidate.scales is None else candidate.scales
+        found |= {(name, at): candidate.guidance(at, bound[name]) for at in grid(own)}
+    return found
+
+
+def with_network(model: DiffusionModel, network: nn.Module) -> DiffusionModel:
+    """The same model with another network; all else is shared."""
+    twin = copy.copy(model)
+    twin._modules = {**model._modules, "network": network}
+    return twin
+
+
+def at_checkpoint(model: DiffusionModel, path: str, weights: Literal["average", "model"]) -> DiffusionModel:
+    """The model as a training checkpoint has it. FileNotFoundError, ValueError where it is another network's."""
+    start = {"average": "average.", "model": "model.network."}[weights]
+    held = read_checkpoint(path).get("state_dict", {})
+    state = {name.removeprefix(start): value for name, value in held.items() if name.startswith(start)}
+    network = copy.deepcopy(model.network).requires_grad_(False).eval()
+    try:
+        left = network.load_state_dict(state, strict=False)  # an adapter's run keeps what it trains alone
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{path} holds another network than the run's: {reason}") from error
+    if not state or left.unexpected_keys:
+        raise ValueError(f"{path} holds no {weights} weights of this network ({start}*)")
+    return with_network(model, network)

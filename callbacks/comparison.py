@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path as File
 from typing import Any
@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from ..sample.agreement import as_pictures, as_texts
 from ..sample.candidates import Candidate, arms
-from ..sample.compare import compare
+from ..sample.compare import compare, within_memory
 from ..sample.evaluate import Evaluation, costs_of, judge, to_device
 from ..sample.guidance import Arm, Guidance, Prior
 from ..sample.health import Health, null_health
 from ..sample.loop import Sampler
-from ..sample.metrics import OF_SETS, USUAL, check_of_sets
+from ..sample.metrics import USUAL, check_metrics
 from ..sample.model import Condition, DiffusionModel
 from ..sample.verdict import Rule
+from .preemption import stopping, together
 from .records import write_comparison
 from .wandb_log import log_comparison
 
@@ -45,7 +46,7 @@ class PriorComparison(L.Callback):
         metric_network: features, and class logits if it has any, of pixels; none leaves those metrics out.
         clip: CLIP's towers, for similarities to texts and pictures.
         perceptual: distances (N,) of pictures to their targets, such as Lpips.
-        of_sets: the metrics of whole sets that are computed, among `metrics.OF_SETS`; that of the rule is always.
+        metrics: what to measure, as far as there is what it takes; what the rule names always is.
         rule: how the full comparison decides.
         interval: (low, high) in t; outside it there is no guidance.
         channels: how many of x_0's first channels are guided, all if absent; DiT's authors guide 3 of 4.
@@ -67,7 +68,7 @@ class PriorComparison(L.Callback):
         metric_network: nn.Module | None = None,
         clip: nn.Module | None = None,
         perceptual: nn.Module | None = None,
-        of_sets: Sequence[str] = USUAL,
+        metrics: Sequence[str] = USUAL,
         rule: Rule | None = None,
         interval: tuple[float, float] | None = None,
         channels: int | None = None,
@@ -85,13 +86,13 @@ class PriorComparison(L.Callback):
         self.num_reference, self.batch_size, self.seed = num_reference, batch_size, seed
         self.metric_network, self.rule = metric_network, rule or Rule()
         self.clip, self.perceptual = clip, perceptual
-        self.of_sets = list(dict.fromkeys([*of_sets, *(name for name in OF_SETS if name in self.rule.metrics)]))
-        check_of_sets(self.of_sets)
+        self.metrics = {*metrics, *self.rule.metrics}
+        check_metrics(self.metrics)
         self.has_target, self.max_overhead = has_target, max_overhead
         self._bound: tuple[DiffusionModel, dict[str, Prior | None]] | None = None
         self.history: list[dict[str, Any]] = []
         self.skipped: list[int] = []
-        self._last_step = -1
+        self._last_step, self._resumed = -1, False
         self.seconds = 0.0
         for module in (metric_network, clip, perceptual, *(candidate.prior for candidate in self.priors.values())):
             if module is not None:
@@ -104,7 +105,10 @@ class PriorComparison(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started, self.seconds = time.perf_counter(), 0.0
-        self._last_step = trainer.global_step  # a run that resumes has compared there already
+        self._last_step = step = trainer.global_step  # a run that resumes has compared there already, unless
+        stopped = self._resumed and step % self.every_n_steps == 0  # it was stopped before it could
+        if stopped and step not in (*self.skipped, *(entry["step"] for entry in self.history)):
+            self._compare(trainer, pl_module, step)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -117,9 +121,12 @@ class PriorComparison(L.Callback):
             self.skipped.append(step)
             pl_module.log("compare/skipped", float(len(self.skipped)), rank_zero_only=True)
             return
+        self._compare(trainer, pl_module, step)
+
+    def _compare(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
         start = time.perf_counter()
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        evaluation = self.evaluate(pl_module, data, rank=trainer.global_rank, world=trainer.world_size)
+        data, rank, world = trainer.datamodule, trainer.global_rank, trainer.world_size  # type: ignore[attr-defined]
+        evaluation = self.evaluate(pl_module, data, rank=rank, world=world, on_step=stopping(trainer))
         self.history.append({"step": step, "rows": evaluation.rows()})
         if trainer.is_global_zero:
             batch = self.examples(data, self.num_pictures)
@@ -180,11 +187,15 @@ class PriorComparison(L.Callback):
             batch = data.held_out(n)
             mine = _share(n, rank, world)
             part = to_device({name: _rows(value, mine) for name, value in batch.items()}, device)
-            condition = _encode(model, part, self.batch_size)
             seeds = [self.seed + int(i) for i in mine]
-            pictures = compare(
-                model, condition, seeds, candidates, self.sampler, batch_size=self.batch_size, on_step=on_step
-            )
+
+            def draw(size: int) -> tuple[Condition, dict[Arm, Tensor]]:
+                condition = _encode(model, part, size)
+                options: dict[str, Any] = {"batch_size": size, "on_step": on_step}
+                return condition, compare(model, condition, seeds, candidates, self.sampler, **options)
+
+            with together(pl_module.trainer) if world > 1 else nullcontext():
+                (condition, pictures), self.batch_size = within_memory(draw, self.batch_size)
             if world > 1:
                 pictures = _gather(pl_module, pictures, n, world)
             if not all(images.isfinite().all() for images in pictures.values()):
@@ -201,7 +212,7 @@ class PriorComparison(L.Callback):
                 image_text=as_texts(batch.get("image_text")),
                 clip=self.clip,  # type: ignore[arg-type]
                 perceptual=self.perceptual,
-                of_sets=self.of_sets,
+                metrics=self.metrics,
                 rule=self.rule if full else None,
                 costs=costs,
                 floor=batch.get("pixels") if full else None,
@@ -224,8 +235,8 @@ class PriorComparison(L.Callback):
         priors = self._bound[1].values() if self._bound else ()
         # A checkpoint's model shares all but its network with the one that is trained.
         guests: list[nn.Module] = [prior.model.network for prior in priors if prior and prior.model is not prior.onto]
-        metrics = (self.metric_network, self.clip, self.perceptual)
-        guests += [m for m in (*metrics, *(c.prior for c in self.priors.values())) if m is not None]
+        seers = (self.metric_network, self.clip, self.perceptual)
+        guests += [m for m in (*seers, *(c.prior for c in self.priors.values())) if m is not None]
         homes = [next((p.device for p in m.parameters()), device) for m in guests]
         try:
             for module in guests:
@@ -241,7 +252,7 @@ class PriorComparison(L.Callback):
         return {"history": self.history, "skipped": self.skipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history, self.skipped = state_dict["history"], state_dict["skipped"]
+        self.history, self.skipped, self._resumed = state_dict["history"], state_dict["skipped"], True
 
 
 def _candidate(

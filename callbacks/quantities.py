@@ -28,20 +28,27 @@ class Metric:
 
 METRICS = {
     "fd": Metric("Fréchet distance", better="lower"),
+    "fd_inf": Metric("Fréchet distance at infinite samples", better="lower", short="FD∞"),
     "kid": Metric("Kernel distance (KID)", better="lower", short="KID"),
+    "mmd": Metric("Kernel distance (Gaussian)", better="lower", short="MMD"),
     "psnr": Metric("PSNR", "dB", better="higher"),
+    "accuracy": Metric("Accuracy", "%", 100, better="higher"),
+    "clip_text": Metric("CLIP similarity to the text", better="higher", short="CLIP text"),
+    "clip_image": Metric("CLIP similarity to the picture", better="higher", short="CLIP image"),
+    "clip_direction": Metric("CLIP direction of the edit", better="higher", short="CLIP direction"),
     "ssim": Metric("SSIM", better="higher"),
     "lpips": Metric("LPIPS", better="lower"),
-    "accuracy": Metric("Accuracy", "%", 100, better="higher"),
-    "clip": Metric("CLIP score", better="higher"),
+    "consistency": Metric("Consistency over time", better="higher", short="Consistency"),
+    "flicker": Metric("Flicker", "%", 100, better="lower"),
+    "dynamic_degree": Metric("Motion", "%", 100),
     "precision": Metric("Precision", "%", 100, better="higher"),
     "recall": Metric("Recall", "%", 100, better="higher"),
     "density": Metric("Density", better="higher"),
     "coverage": Metric("Coverage", "%", 100, better="higher"),
 }
 """The metrics known by name, in the order in which they are shown; others follow, under their own names."""
-DISTANCES = ("fd", "kid")
-AGREEMENTS = ("psnr", "ssim", "lpips", "accuracy", "clip")
+DISTANCES = ("fd", "kid", "mmd", "fd_inf")
+AGREEMENTS = ("psnr", "accuracy", "clip_text", "clip_image", "clip_direction", "ssim", "lpips")
 
 
 def metric(key: str) -> Metric:

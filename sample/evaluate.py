@@ -1,17 +1,19 @@
 """From pictures of every arm to metrics, costs and a verdict: what the callback and the command line both run."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .agreement import Asked, Perceptual
 from .compare import Cost, cost
 from .distances import Estimate, Reference
+from .feature_networks import Clip, FeatureNetwork, features_of
 from .guidance import Arm, Guidance, Scales
 from .loop import Sampler
-from .metrics import FeatureNetwork, Scores, features_of, score, summarise
+from .metrics import USUAL, Scores, check_metrics, score_as_asked, summarise
 from .model import Condition, DiffusionModel
 from .verdict import Rule, Verdict, decide
 
@@ -53,26 +55,47 @@ def judge(
     reference: Tensor | None = None,
     target: Tensor | None = None,
     label: Tensor | None = None,
+    text: Sequence[str] | None = None,
+    image: Tensor | None = None,
+    image_text: Sequence[str] | None = None,
+    clip: Clip | None = None,
+    perceptual: Perceptual | None = None,
+    metrics: Collection[str] = USUAL,
     rule: Rule | None = None,
     costs: Mapping[Arm, Cost] | None = None,
     floor: Tensor | None = None,
 ) -> Evaluation:
     """Metrics of every arm's pictures, and the verdict by `rule` (none without one).
 
-    network: the metric's features and class logits. reference: real pixels (M, C, H, W) that distances are taken to.
-    target: pixels (N, C, H, W) that each condition asks for. label: classes (N,). floor: real pixels whose own
-    distance to the reference says how low a distance can be.
+    network: the metric's features and class logits. reference: real pixels (M, C, H, W) that distances are taken to,
+    clips (M, C, F, H, W) where the pictures are. target: pixels (N, C, H, W) that each condition asks for. label:
+    classes (N,). text, image, image_text, clip, perceptual: as in `agreement.Asked`. metrics: what to measure, as
+    far as there is what it takes (`metrics.BETTER` has the names); what the rule names always is. floor: real pixels
+    whose own distance to the reference says how low a distance can be. ValueError for parts that do not fit together.
     """
+    check_metrics(metrics)
+    metrics = {*metrics, *(rule.metrics if rule else ())}
+    shapes = {part.ndim for part in (*pictures.values(), reference, floor) if part is not None}
+    if network is not None and len(shapes) > 1:
+        raise ValueError(
+            "the pictures and the reference must both be pictures (4-D), or both clips (5-D), got a mixture"
+        )
+    asked = Asked(target, text, image, image_text, clip, perceptual, metrics)
+    label = None if network is None else label
     real = Reference(features_of(network, reference)) if network is not None and reference is not None else None
     scored: dict[int, tuple[Scores, dict[str, Estimate]]] = {}
     for images in pictures.values():
         if id(images) not in scored:
-            scores = score(images, network=network, target=target, label=label if network is not None else None)
-            scored[id(images)] = scores, summarise(scores, real)
+            scores = score_as_asked(images, asked, network, label)
+            scored[id(images)] = scores, summarise(scores, real, metrics)
     verdict = decide({arm: scored[id(images)][0] for arm, images in pictures.items()}, real, rule) if rule else None
-    bottom = summarise(score(floor, network=network), real) if floor is not None and network is not None else {}
-    metrics = {arm: scored[id(images)][1] for arm, images in pictures.items()}
-    return Evaluation(dict(pictures), metrics, dict(costs or {}), verdict, bottom)
+    bottom = (
+        summarise(Scores(features_of(network, floor)), real, metrics)
+        if floor is not None and network is not None
+        else {}
+    )
+    found = {arm: scored[id(images)][1] for arm, images in pictures.items()}
+    return Evaluation(dict(pictures), found, dict(costs or {}), verdict, bottom)
 
 
 def costs_of(

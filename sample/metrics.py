@@ -1,45 +1,38 @@
 """How good pictures are, each number with its uncertainty.
 
-Distances between sets are taken in the features of a metric network (`distances`); scores per condition compare each
-picture with its target or its label.
+Metrics of whole sets are taken in the features of a metric network (`distances`, `kernels`, `neighbours`); scores per
+condition compare each picture with what its condition asks for (`agreement`).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .distances import (
-    Estimate,
-    Reference,
-    density_coverage,
-    frechet_distance,
-    frechet_error,
-    kernel_distance,
-    mean,
-)
+from .agreement import AGREEMENTS, Asked, Perceptual
+from .distances import Estimate, Reference, frechet, mean
+from .feature_networks import Clip, FeatureNetwork, as_frames, classifies, frame_features, in_batches
+from .kernels import KERNELS, kernel_distance
+from .neighbours import density_coverage, precision_recall
 
-BETTER = {"kid": -1, "fd": -1, "coverage": 1, "psnr": 1, "accuracy": 1}
-"""The metrics known by name: 1 where higher is better, -1 where lower is."""
-
-
-class FeatureNetwork(Protocol):
-    """The network that a metric sees through; an nn.Module must be in eval mode."""
-
-    def features(self, pixels: Tensor) -> Tensor:
-        """Features (B, D) of pixels (B, C, H, W) in [0, 1]."""
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """Class logits (B, K) of the same pixels."""
+OF_SETS = ("fd", "fd_inf", "kid", "mmd", "precision", "recall", "density", "coverage")
+"""The metrics of a whole set of pictures against a reference."""
+PER_CLIP = ("consistency", "flicker", "dynamic_degree")
+PER_CONDITION = (*AGREEMENTS, "accuracy", *PER_CLIP)
+USUAL = ("fd", "kid", "coverage", *(name for name in PER_CONDITION if name != "ssim"))
+"""What is measured unless names are given, as far as there is what it takes."""
+BETTER = {name: 1 for name in (*OF_SETS, *PER_CONDITION)}
+BETTER |= dict.fromkeys(("fd", "fd_inf", "kid", "mmd", "lpips", "flicker"), -1)
+"""The metrics known by name: 1 where higher is better, -1 where lower is. More motion is no merit by itself; as a
+guard, "dynamic_degree" keeps clips from standing still."""
 
 
 @dataclass
 class Scores:
     """One candidate's pictures in numbers, the i-th row of each for the i-th condition.
 
-    features: (N, D), or None. per_condition: (N,) by name, "psnr" in dB and "accuracy" of 0 or 1.
+    features: (N, D), or None. per_condition: (N,) by name, "psnr" in dB, "accuracy" of 0 or 1, and so on.
     """
 
     features: Tensor | None = None
@@ -53,71 +46,84 @@ class Scores:
         )
 
 
-@torch.no_grad()
-def features_of(network: FeatureNetwork, pixels: Tensor, batch_size: int = 256) -> Tensor:
-    """Features (N, D), float32 on the CPU, of pixels (N, C, H, W) in [0, 1], taken to the network's device.
-
-    ValueError where the network is in train mode.
-    """
-    if isinstance(network, nn.Module) and network.training:
-        raise ValueError("the metric network must be in eval mode; call its eval()")
-    return torch.cat([network.features(batch) for batch in _batches(network, pixels, batch_size)]).float().cpu()
-
-
-def _batches(network: FeatureNetwork, pixels: Tensor, size: int) -> Iterator[Tensor]:
-    parameter = next(network.parameters(), pixels) if isinstance(network, nn.Module) else pixels
-    return (batch.to(parameter.device) for batch in pixels.split(size))
-
-
-@torch.no_grad()
 def score(
     pictures: Tensor,
     *,
     network: FeatureNetwork | None = None,
     target: Tensor | None = None,
     label: Tensor | None = None,
+    text: Sequence[str] | None = None,
+    image: Tensor | None = None,
+    image_text: Sequence[str] | None = None,
+    clip: Clip | None = None,
+    perceptual: Perceptual | None = None,
+    metrics: Collection[str] = USUAL,
     batch_size: int = 256,
 ) -> Scores:
-    """Scores, on the CPU, of pictures (N, C, H, W) in [0, 1].
+    """Scores, on the CPU, of pictures (N, C, H, W) or clips (N, C, F, H, W) in [0, 1].
 
-    network: gives the features, and with label (N,) the accuracy, on its own device. target: (N, C, H, W), for
-    the PSNR. ValueError where the numbers of pictures, targets and labels differ, or the network is in train mode.
+    network: gives the features, and with label (N,) the accuracy where it has classes, on its own device. text to
+    perceptual: what the conditions ask for, as in `Asked`. metrics: those per condition (PER_CONDITION) that are
+    wanted; the ones whose inputs are missing are left out. ValueError where numbers differ, a network is in train mode,
+    or a metric is not known.
     """
+    check_metrics(metrics)
+    asked = Asked(target, text, image, image_text, clip, perceptual, metrics, batch_size)
+    return score_as_asked(pictures, asked, network, label)
+
+
+@torch.no_grad()
+def score_as_asked(
+    pictures: Tensor, asked: Asked, network: FeatureNetwork | None = None, label: Tensor | None = None
+) -> Scores:
+    """`score` of one of many candidates, for all of which `asked` is prepared once."""
     if label is not None and network is None:
         raise ValueError("label needs a network that classifies; give network")
     if label is not None and label.shape != pictures.shape[:1]:
         raise ValueError(f"label must have shape ({len(pictures)},), got {tuple(label.shape)}")
     scores = Scores()
-    if target is not None:
-        scores.per_condition["psnr"] = psnr(pictures, target).cpu()
-    if network is not None:
-        scores.features = features_of(network, pictures, batch_size)
-    if network is not None and label is not None:
-        guess = torch.cat([network(batch).argmax(1) for batch in _batches(network, pictures, batch_size)])
-        scores.per_condition["accuracy"] = (guess.cpu() == label.cpu()).float()
+    frames = None if network is None else frame_features(network, pictures, asked.batch_size)
+    scores.per_condition |= asked.scores(pictures, frames if network is asked.clip else None)
+    if frames is not None:
+        scores.features = frames.mean(1)
+    if label is not None and "accuracy" in asked.metrics and classifies(network):
+        guess = in_batches(network, network, asked.batch_size, as_frames(pictures)).argmax(1).view(len(pictures), -1)
+        scores.per_condition["accuracy"] = (guess == label.cpu()[:, None]).float().mean(1)
+    if pictures.ndim == 5 and (wanted := [name for name in PER_CLIP if name in asked.metrics]):
+        from .video_metrics import temporal
+
+        found = temporal(pictures, network)
+        scores.per_condition |= {name: found[name] for name in wanted}
     return scores
 
 
-def psnr(pixels: Tensor, target: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio (N,) in dB of pixels (N, ...) in [0, 1]; at most 100, so that equals stay finite."""
-    if pixels.shape != target.shape:
-        raise ValueError(f"target must have the pictures' shape {tuple(pixels.shape)}, got {tuple(target.shape)}")
-    error = (pixels.float() - target.to(pixels.device).float()).square().flatten(1).mean(1)
-    return -10 * error.clamp(min=1e-10).log10()
+def summarise(
+    scores: Scores, reference: Tensor | Reference | None = None, metrics: Collection[str] = USUAL
+) -> dict[str, Estimate]:
+    """The named metrics of sets (OF_SETS) of the features against a reference (M, D), and the means per condition.
 
-
-def summarise(scores: Scores, reference: Tensor | Reference | None = None) -> dict[str, Estimate]:
-    """Every metric that the scores allow: "fd", "kid", "coverage" against a reference (M, D), and the means per name.
-
-    Give one `Reference` for many candidates: what depends on it alone is then computed once.
+    Give one `Reference` for many candidates: what depends on it alone is then computed once. ValueError for a name that
+    is not known.
     """
-    found = {}
+    check_metrics(metrics)
+    found: dict[str, Estimate] = {}
     if scores.features is not None and reference is not None:
-        reference = Reference.of(reference)
-        found["fd"] = Estimate(frechet_distance(scores.features, reference), frechet_error(scores.features, reference))
-        found["kid"] = kernel_distance(scores.features, reference)
-        found["coverage"] = density_coverage(scores.features, reference)["coverage"]
+        a, reference, wanted = scores.features, Reference.of(reference), set(metrics)
+        if wanted & {"fd", "fd_inf"}:
+            found |= frechet(a, reference)
+        found |= {name: kernel_distance(a, reference, metric=name) for name in KERNELS if name in wanted}
+        if wanted & {"precision", "recall"}:
+            found |= precision_recall(a, reference)
+        if wanted & {"density", "coverage"}:
+            found |= density_coverage(a, reference)
+        found = {name: found[name] for name in OF_SETS if name in wanted}
     return found | {name: mean(values) for name, values in scores.per_condition.items()}
+
+
+def check_metrics(names: Collection[str]) -> None:
+    """ValueError for a name that is not known."""
+    if unknown := sorted(set(names) - set(BETTER)):
+        raise ValueError(f"metrics must be among {', '.join(BETTER)}, got {', '.join(unknown)}")
 
 
 def as_json(estimates: Mapping[str, Estimate]) -> dict[str, dict[str, float]]:

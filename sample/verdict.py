@@ -12,9 +12,10 @@ from typing import Any, Literal
 from scipy.special import stdtrit
 from torch import Tensor
 
-from .distances import Estimate, Reference, kernel_distance, kernel_distance_difference, mean
+from .distances import Estimate, Reference, mean
 from .guidance import Arm
-from .metrics import BETTER, Scores
+from .kernels import KERNELS, kernel_distance, kernel_distance_difference
+from .metrics import BETTER, OF_SETS, Scores
 
 Outcome = Literal["better", "worse", "no difference", "guard broken"]
 UNITS = {"psnr": " dB"}
@@ -25,8 +26,9 @@ CHOOSE, JUDGE = slice(0, None, 2), slice(1, None, 2)
 class Rule:
     """How a prior earns its place.
 
-    decide_by: "kid" or a metric per condition. A candidate must beat the baseline by more than `margin` (>= 0, in the
-    metric's units), with confidence `level` over all candidates together.
+    decide_by: "kid", "mmd" or a metric per condition (`metrics.PER_CONDITION`, and of clips PER_CLIP). A candidate must
+    beat the baseline by more than `margin` (>= 0, in the metric's units), with confidence `level` over all candidates
+    together.
     guards: by how much other metrics may be worse (>= 0, in their units). A guard holds where the same interval rules
     out a greater loss. "Not shown to be worse" would be the weaker reading: with few conditions nothing can be shown,
     so that it would wave through most where least is known. The burden of proof lies on the candidate, since the
@@ -39,12 +41,18 @@ class Rule:
     level: float = 0.95
     baseline: str = "self"
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names of all that it looks at."""
+        return self.decide_by, *self.guards
+
     def __post_init__(self) -> None:
-        for name in (self.decide_by, *self.guards):
-            if name in ("fd", "coverage"):
-                raise ValueError(f"{name} has no unbiased paired difference to decide or guard by; use kid")
+        for name in self.metrics:
+            if name in OF_SETS and name not in KERNELS:
+                raise ValueError(f"{name} has no unbiased paired difference to decide or guard by; use kid or mmd")
             if name not in BETTER:
-                raise ValueError(f"a rule's metrics must be among kid, psnr and accuracy, got {name!r}")
+                known = ", ".join(name for name in BETTER if name in KERNELS or name not in OF_SETS)
+                raise ValueError(f"a rule's metrics must be among {known}, got {name!r}")
         if not 0 < self.level < 1:
             raise ValueError(f"level must lie between 0 and 1, got {self.level}")
         if not all(0 <= allowed < math.inf for allowed in (self.margin, *self.guards.values())):
@@ -105,7 +113,7 @@ def decide(
 ) -> Verdict:
     """The verdict on arms keyed (prior, scales), whose i-th rows share a condition and a seed, by `rule`.
 
-    reference: features (M, D) of real pictures, where "kid" is asked for; it serves both halves.
+    reference: features (M, D) of real pictures, where "kid" or "mmd" is asked for; it serves both halves.
     Where the lowest scale is 1 no prior is evaluated, whatever the name: such an arm is the baseline's, which needs no
     second network either, and candidates compete with the scales at which they are used.
     A candidate wins where the interval (Bonferroni over candidates) of its paired difference lies beyond the margin
@@ -155,22 +163,22 @@ def _check(arms: Mapping[Arm, Scores], reference: Reference | None, rule: Rule) 
     """The number of conditions. ValueError as `decide` says."""
     if not any(name == rule.baseline for name, _ in arms):
         raise ValueError(f"the baseline {rule.baseline!r} is not among the arms {sorted({name for name, _ in arms})}")
-    metrics = (rule.decide_by, *rule.guards)
-    if "kid" in metrics and reference is None:
-        raise ValueError("the rule names kid, which needs the features of a reference; none were given")
+    for metric in rule.metrics:
+        if metric in KERNELS and reference is None:
+            raise ValueError(f"the rule names {metric}, which needs the features of a reference; none were given")
     counts = {}
     for (prior, scales), scores in arms.items():
         if not scales:
             raise ValueError(f"the arm {prior!r} has no scales; give one for each rung of the ladder")
         name = f"{prior} at scale {_scale(scales)}"
-        for metric in metrics:
-            values = scores.features if metric == "kid" else scores.per_condition.get(metric)
+        for metric in rule.metrics:
+            values = scores.features if metric in KERNELS else scores.per_condition.get(metric)
             if values is None:
-                lacking = (
-                    "features" if metric == "kid" else f"metric {metric!r} (it has {sorted(scores.per_condition)})"
+                has = f"metric {metric!r} (it has {sorted(scores.per_condition)})"
+                raise ValueError(
+                    f"the rule names {metric}, but {name} has no {'features' if metric in KERNELS else has}"
                 )
-                raise ValueError(f"the rule names {metric}, but {name} has no {lacking}")
-            if metric == "kid" and reference is not None:
+            if metric in KERNELS and reference is not None:
                 reference.match(values, f"the features of {name}")
             elif not values.isfinite().all():
                 raise ValueError(f"the {metric} of {name} must be finite, but holds NaN or infinity")
@@ -188,19 +196,19 @@ def _best(grid: Mapping[tuple[float, ...], Scores], reference: Reference | None,
 
     def merit(scales: tuple[float, ...]) -> float:
         scores = grid[scales].take(CHOOSE)
-        if metric != "kid":
+        if metric not in KERNELS:
             return BETTER[metric] * scores.per_condition[metric].double().mean().item()
         assert scores.features is not None and reference is not None
-        return BETTER[metric] * kernel_distance(scores.features, reference).value
+        return BETTER[metric] * kernel_distance(scores.features, reference, metric=metric).value
 
     return next(iter(grid)) if len(grid) == 1 else max(grid, key=merit)
 
 
 def _difference(a: Scores, b: Scores, metric: str, reference: Reference | None) -> Estimate:
-    if metric != "kid":
+    if metric not in KERNELS:
         return mean(a.per_condition[metric].double() - b.per_condition[metric].double())
     assert a.features is not None and b.features is not None and reference is not None
-    return kernel_distance_difference(a.features, b.features, reference)
+    return kernel_distance_difference(a.features, b.features, reference, metric=metric)
 
 
 def _gain(metric: str, interval: tuple[float, float]) -> tuple[float, float]:

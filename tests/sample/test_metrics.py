@@ -7,15 +7,13 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from priorguide.sample.distances import (
-    Reference,
-    density_coverage,
-    frechet_distance,
-    frechet_error,
-    kernel_distance,
-    kernel_distance_difference,
-)
-from priorguide.sample.metrics import as_json, features_of, psnr, score, summarise
+from priorguide.sample.distances import Reference, frechet, frechet_distance
+from priorguide.sample.evaluate import judge
+from priorguide.sample.feature_networks import features_of
+from priorguide.sample.kernels import kernel_distance, kernel_distance_difference
+from priorguide.sample.metrics import BETTER, OF_SETS, as_json, score, summarise
+from priorguide.sample.neighbours import density_coverage, precision_recall
+from priorguide.sample.verdict import Rule
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -90,21 +88,52 @@ def test_frechet_error_is_the_spread_over_samples():
     reference = Reference(skewed(3000, 6, 500))
     drawn = [skewed(400, 6, seed, shift=0.3) for seed in range(100)]
     spread = torch.tensor([frechet_distance(x, reference) for x in drawn]).std().item()
-    errors = torch.tensor([frechet_error(x, reference) for x in drawn[:30]])
+    errors = torch.tensor([frechet(x, reference)["fd"].error for x in drawn[:30]])
     assert errors.mean().item() == pytest.approx(spread, rel=0.25)
 
 
-def test_kernel_distance_is_unbiased_where_distributions_are_equal():
-    estimates = [kernel_distance(skewed(60, 8, 2 * i), skewed(90, 8, 2 * i + 1)) for i in range(400)]
+def gaussians(count: int, width: int, seed: int) -> Tensor:
+    """At squared Fréchet distance 0.05 `width` of standard normals."""
+    return 1.1 * normal(count, width, seed=seed) + 0.2
+
+
+@pytest.mark.parametrize("count, width", [(60, 8), (200, 64), (50, 64)])
+def test_frechet_distance_at_infinite_samples_is_nearly_unbiased(count, width):
+    reference, truth = Reference(normal(20000, width, seed=1)), 0.05 * width
+    found = [frechet(gaussians(count, width, seed), reference) for seed in range(2, 22)]
+    biases = {name: sum(each[name].value for each in found) / 20 - truth for name in ("fd", "fd_inf")}
+    assert biases["fd"] > 0.5 * truth
+    # Where samples are fewer than dimensions the bias no longer falls as 1 / N.
+    assert abs(biases["fd_inf"]) < (0.15 if count > width else 0.5) * biases["fd"]
+
+
+@pytest.mark.parametrize("count", [47, 20, 12])  # above, at and below the number of dimensions
+def test_frechet_errors_by_leaving_groups_out(count):
+    a, b = skewed(count, 16, 1), skewed(90, 16, 2, shift=0.1)
+    left = [frechet_distance(a[torch.arange(count) % 10 != group], b) for group in range(10)]
+    values = torch.tensor(left, dtype=torch.float64)
+    found = frechet(a, b, groups=10)
+    value = frechet_distance(a, b)
+    assert found["fd"].value == value
+    assert found["fd"].error == pytest.approx(math.sqrt(9 * values.var(correction=0).item()), rel=1e-4)
+    assert found["fd_inf"].value == pytest.approx(10 * value - 9 * values.mean().item(), rel=1e-4)
+    assert found["fd_inf"].error == found["fd"].error
+
+
+@pytest.mark.parametrize("metric", ["kid", "mmd"])
+def test_kernel_distance_is_unbiased_where_distributions_are_equal(metric):
+    estimates = [kernel_distance(skewed(60, 8, 2 * i), skewed(90, 8, 2 * i + 1), metric=metric) for i in range(400)]
     values = torch.tensor([estimate.value for estimate in estimates])
     assert values.mean().abs() < 3 * values.std() / 20  # the naive mean over all pairs would be off by 40 of these
     assert values.min() < 0
 
 
-def brute_difference(a: Tensor, b: Tensor, y: Tensor) -> float:
-    """KID of a less KID of b, by the definition and in loops over pairs."""
+def brute_difference(a: Tensor, b: Tensor, y: Tensor, metric: str = "kid") -> float:
+    """The kernel distance of a less that of b, by the definition and in loops over pairs."""
 
     def k(u: Tensor, v: Tensor) -> float:
+        if metric == "mmd":
+            return math.exp(-float((u - v).square().sum()) / (2 * len(u)))
         return (float(u @ v) / len(u) + 1) ** 3
 
     n, m = len(a), len(y)
@@ -112,14 +141,17 @@ def brute_difference(a: Tensor, b: Tensor, y: Tensor) -> float:
     return among - 2 * sum(k(a[i], y[j]) - k(b[i], y[j]) for i in range(n) for j in range(m)) / (n * m)
 
 
-def test_kernel_difference_by_definition():
+@pytest.mark.parametrize("metric", ["kid", "mmd"])
+def test_kernel_difference_by_definition(metric):
     a, b, y = skewed(9, 4, 1), skewed(9, 4, 2, 0.2), skewed(7, 4, 3)
-    assert kernel_distance_difference(a, b, y, standardise=False).value == pytest.approx(brute_difference(a, b, y))
-    difference = kernel_distance_difference(a, b, y)
+    raw = kernel_distance_difference(a, b, y, standardise=False, metric=metric)
+    assert raw.value == pytest.approx(brute_difference(a, b, y, metric))
+    difference = kernel_distance_difference(a, b, y, metric=metric)
     placed = [(x - y.mean(0)) / y.var(0).mean().sqrt() for x in (a, b, y)]
-    assert difference.value == pytest.approx(brute_difference(*placed))
-    assert difference.value == pytest.approx(kernel_distance(a, y).value - kernel_distance(b, y).value)
-    same = kernel_distance_difference(a, a, y)
+    assert difference.value == pytest.approx(brute_difference(*placed, metric))
+    alone = [kernel_distance(x, y, metric=metric).value for x in (a, b)]
+    assert difference.value == pytest.approx(alone[0] - alone[1])
+    same = kernel_distance_difference(a, a, y, metric=metric)
     assert (same.value, same.error) == (0, 0)
 
 
@@ -138,17 +170,18 @@ def test_kernel_distance_is_free_of_the_features_scale_and_origin():
         kernel_distance(a, torch.ones(5, 4))
 
 
+@pytest.mark.parametrize("metric, wide", [("kid", 1.0), ("mmd", 1.0), ("mmd", 2.0)])  # 2: the scale's share is large
 @pytest.mark.parametrize("standardise", [False, True])
-def test_kernel_error_against_a_jackknife(standardise):
-    a, b, y = skewed(120, 6, 1, 0.6), skewed(120, 6, 2, 0.2), skewed(150, 6, 3)
+def test_kernel_error_against_a_jackknife(standardise, metric, wide):
+    a, b, y = wide * skewed(120, 6, 1, 0.6), skewed(120, 6, 2, 0.2), skewed(150, 6, 3)
     everyone = torch.arange(150)
 
     def spread(values: list[float]) -> float:
         return (len(values) - 1) * torch.tensor(values, dtype=torch.float64).var(correction=0).item()
 
     for value in (
-        lambda a, b, y: kernel_distance_difference(a, b, y, standardise),
-        lambda a, b, y: kernel_distance(a, y, standardise),
+        lambda a, b, y: kernel_distance_difference(a, b, y, standardise, metric),
+        lambda a, b, y: kernel_distance(a, y, standardise, metric),
     ):
         over_pairs = [value(a[everyone[:120] != i], b[everyone[:120] != i], y).value for i in range(120)]
         over_reference = [value(a, b, y[everyone != j]).value for j in range(150)]
@@ -158,13 +191,14 @@ def test_kernel_error_against_a_jackknife(standardise):
         assert 0.9 * jackknife < error < jackknife
 
 
+@pytest.mark.parametrize("metric", ["kid", "mmd"])
 @pytest.mark.parametrize("shift", [0.0, 0.3])
-def test_kernel_error_is_the_spread_over_samples(shift):
+def test_kernel_error_is_the_spread_over_samples(shift, metric):
     """Also at shift 0, where the first-order part vanishes: there it may err on the safe side."""
-    found = [
-        kernel_distance_difference(skewed(80, 6, 3 * i, shift), skewed(80, 6, 3 * i + 1), skewed(100, 6, 3 * i + 2))
-        for i in range(400)
-    ]
+    found = []
+    for i in range(400):
+        a, b, y = skewed(80, 6, 3 * i, shift), skewed(80, 6, 3 * i + 1), skewed(100, 6, 3 * i + 2)
+        found.append(kernel_distance_difference(a, b, y, metric=metric))
     spread = torch.tensor([estimate.value for estimate in found]).std().item()
     error = math.sqrt(sum(estimate.error**2 for estimate in found) / len(found))
     assert 0.9 * spread < error < (1.1 if shift else 1.4) * spread
@@ -190,12 +224,41 @@ def test_coverage_of_equal_distributions():
     assert density_coverage(a + 100, y)["coverage"].value == 0
 
 
-def test_psnr():
-    target = torch.rand(3, 1, 4, 4)
-    off = torch.tensor([0.1, 0.01, 0.0]).reshape(3, 1, 1, 1)
-    assert psnr(target + off, target).tolist() == pytest.approx([20, 40, 100], abs=1e-3)
-    with pytest.raises(ValueError, match=r"shape \(3, 1, 4, 4\), got \(2, 1, 4, 4\)"):
-        psnr(target, target[:2])
+def test_precision_and_recall_by_definition():
+    a, y = skewed(40, 4, 1), skewed(60, 4, 2, 0.2)
+
+    def share_inside(points: Tensor, of: Tensor) -> float:
+        radii = torch.stack([(of - row).norm(dim=1).sort().values[3] for row in of])
+        return (torch.cdist(points, of) < radii).any(1).double().mean().item()
+
+    found = precision_recall(a, y, groups=8)
+    assert found["precision"].value == pytest.approx(share_inside(a, y))
+    assert found["recall"].value == pytest.approx(share_inside(y, a))
+    rest = [a[torch.arange(40) % 8 != group] for group in range(8)]
+    for name, left in (
+        ("precision", [share_inside(x, y) for x in rest]),
+        ("recall", [share_inside(y, x) for x in rest]),
+    ):
+        spread = torch.tensor(left, dtype=torch.float64).var(correction=0).item()
+        assert found[name].error == pytest.approx(math.sqrt(7 * spread))
+
+
+def test_precision_and_recall_of_known_sets():
+    wide, narrow = normal(400, 3, seed=1), 0.3 * normal(400, 3, seed=2)
+    found = precision_recall(narrow, wide)
+    assert found["precision"].value > 0.98 and found["recall"].value < 0.35
+    found = precision_recall(wide, narrow)
+    assert found["precision"].value < 0.35 and found["recall"].value > 0.9
+    assert {name: e.value for name, e in precision_recall(wide + 100, wide).items()} == {"precision": 0, "recall": 0}
+
+
+def test_precision_and_recall_errors_are_the_spread_over_samples():
+    reference = Reference(normal(300, 4, seed=500))
+    found = [precision_recall(0.8 * normal(200, 4, seed=seed), reference) for seed in range(60)]
+    for name in ("precision", "recall"):
+        spread = torch.tensor([each[name].value for each in found]).std().item()
+        error = sum(each[name].error for each in found) / len(found)
+        assert 0.75 * spread < error < 1.5 * spread, name
 
 
 def test_score_and_summary():
@@ -206,13 +269,80 @@ def test_score_and_summary():
     label[:10] = 1 - label[:10]
     scores = score(pictures, network=network, target=target, label=label, batch_size=7)
     torch.testing.assert_close(scores.features, pictures.mean((1, 3)))
-    torch.testing.assert_close(scores.per_condition["psnr"], psnr(pictures, target))
+    torch.testing.assert_close(scores.per_condition["psnr"], -10 * (pictures - target).square().mean((1, 2, 3)).log10())
     found = summarise(scores, features_of(network, target))
     assert set(found) == {"fd", "kid", "coverage", "psnr", "accuracy"}
+    every = summarise(scores, features_of(network, target), BETTER)
+    assert [*every] == [*OF_SETS, "psnr", "accuracy"]
+    assert all(every[name] == found[name] for name in found)
     assert found["accuracy"].value == pytest.approx(0.8)
     assert found["accuracy"].error == pytest.approx(math.sqrt(0.8 * 0.2 / 49))
     assert json.loads(json.dumps(as_json(found)))["fd"]["value"] == found["fd"].value
     assert set(summarise(score(pictures, target=target))) == {"psnr"}
+
+
+class Blind(nn.Module):
+    """Features alone."""
+
+    calls = 0
+
+    def features(self, pixels: Tensor) -> Tensor:
+        self.calls += len(pixels)
+        return pixels.mean((2, 3))
+
+
+class Headless(Network):
+    """A head that is there by name only."""
+
+    num_classes = 0
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        raise AssertionError
+
+
+@pytest.mark.parametrize("network", [Blind(), Headless()])
+def test_a_network_without_classes_gives_no_accuracy(network):
+    scores = score(torch.rand(6, 1, 8, 8), network=network.eval(), label=torch.zeros(6))
+    assert scores.features is not None and scores.per_condition == {}
+
+
+def test_clips_are_met_frame_by_frame():
+    clips, target, label = torch.rand(6, 1, 4, 12, 12), torch.rand(6, 1, 4, 12, 12), torch.arange(6) % 2
+    network = Network().eval()
+    scores = score(clips, network=network, target=target, label=label, metrics=BETTER, batch_size=5)
+    frames = [
+        score(clips[:, :, f], network=network, target=target[:, :, f], label=label, metrics=BETTER) for f in range(4)
+    ]
+    torch.testing.assert_close(scores.features, torch.stack([each.features for each in frames]).mean(0))
+    for name in ("psnr", "ssim", "accuracy"):
+        wanted = torch.stack([each.per_condition[name] for each in frames]).mean(0)
+        torch.testing.assert_close(scores.per_condition[name], wanted)
+    assert {"consistency", "flicker", "dynamic_degree"} <= scores.per_condition.keys()
+    assert all(values.shape == (6,) for values in scores.per_condition.values())
+    assert scores.per_condition.keys() & score(clips, metrics=["psnr"], target=target).per_condition.keys() == {"psnr"}
+
+
+def arms(count: int, *shape: int) -> dict[tuple[str, tuple[float]], Tensor]:
+    return {("self", (2.0,)): torch.rand(count, *shape), ("base", (2.0,)): torch.rand(count, *shape)}
+
+
+def test_judge_sees_each_picture_once_and_measures_what_the_rule_names():
+    pictures, network = arms(12, 1, 8, 8), Blind().eval()
+    pictures["base", (1.0,)] = pictures["self", (1.0,)] = torch.rand(12, 1, 8, 8)
+    rule = Rule("mmd", {}, level=0.9)
+    found = judge(pictures, network=network, reference=torch.rand(20, 1, 8, 8), metrics=["fd", "recall"], rule=rule)
+    assert network.calls == 20 + 3 * 12
+    assert all(metrics.keys() == {"fd", "mmd", "recall"} for metrics in found.metrics.values())
+    assert found.verdict.decide_by == "mmd"
+
+
+def test_judge_refuses():
+    with pytest.raises(ValueError, match=r"both be pictures \(4-D\), or both clips \(5-D\)"):
+        judge(arms(6, 1, 3, 8, 8), network=Blind().eval(), reference=torch.rand(9, 1, 8, 8))
+    with pytest.raises(ValueError, match="metrics must be among fd, fd_inf, kid, .*, got sharpness"):
+        judge(arms(6, 1, 8, 8), metrics=["sharpness", "psnr"])
+    with pytest.raises(ValueError, match="the conditions are 5, the pictures 6"):
+        judge(arms(6, 1, 8, 8), target=torch.rand(5, 1, 8, 8))
 
 
 def test_score_refuses():
@@ -238,3 +368,7 @@ def test_features_are_checked():
         kernel_distance_difference(a, a[:9], a)
     with pytest.raises(ValueError, match="more than k = 5 reference samples, got 5"):
         density_coverage(a, a[:5])
+    with pytest.raises(ValueError, match="more than k = 3 reference samples, got 3"):
+        precision_recall(a, a[:3])
+    with pytest.raises(ValueError, match="recall needs more than k = 3 samples beside each of 20 groups, got 4"):
+        precision_recall(a[:4], a)

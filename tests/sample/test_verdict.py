@@ -7,8 +7,9 @@ from scipy.special import stdtrit
 from scipy.stats import ttest_rel
 from torch import Tensor
 
-from priorguide.sample.distances import Reference, kernel_distance, kernel_distance_difference
-from priorguide.sample.metrics import Scores
+from priorguide.sample.distances import Reference
+from priorguide.sample.kernels import kernel_distance, kernel_distance_difference
+from priorguide.sample.metrics import PER_CONDITION, Scores
 from priorguide.sample.verdict import Rule, decide
 
 
@@ -54,17 +55,33 @@ class World:
         terms = zip((3, 3, 1), self.moments(**drawn), self.moments(), (1, 2, 3), strict=True)
         return sum(c * (p - q).square().sum().item() / self.width**power for c, p, q, power in terms)
 
+    def mmd(self, shift: float = 0, scale: float = 1) -> float:
+        """The true squared MMD of `draw(shift, scale)` to `draw()`: a Gaussian kernel's mean over Gaussian gaps."""
+        eye = torch.eye(self.width, dtype=torch.float64)
 
-def covered(repeats: int, count: int, references: int, a: dict[str, float], b: dict[str, float]) -> float:
-    """How often the 95 % interval of a KID difference holds the truth."""
+        def mean(shifts: tuple[float, float], scales: tuple[float, float]) -> float:
+            gaps = (self.means + shifts[0])[:, None] - (self.means + shifts[1])
+            total = (scales[0] ** 2 + scales[1] ** 2) * self.mix.T @ self.mix + 2 * self.noise**2 * eye
+            exponent = torch.einsum("abi,ij,abj->ab", gaps, (self.width * eye + total).inverse(), gaps)
+            return (-(exponent / 2)).exp().mean().item() / math.sqrt(torch.det(eye + total / self.width).item())
+
+        within = mean((shift, shift), (scale, scale)) + mean((0, 0), (1, 1))
+        return within - 2 * mean((shift, 0), (scale, 1))
+
+
+def covered(
+    repeats: int, count: int, references: int, a: dict[str, float], b: dict[str, float], metric: str = "kid"
+) -> float:
+    """How often the 95 % interval of a difference in kernel distance holds the truth."""
     world = World(0)
-    truth = world.kid(**a) - world.kid(**b)
+    truth = getattr(world, metric)(**a) - getattr(world, metric)(**b)
     quantile = stdtrit(count - 1, 0.975)
     hits = 0
     for _ in range(repeats):
         conditions = world.conditions(count)
         reference = world.draw(world.conditions(references))
-        found = kernel_distance_difference(world.draw(conditions, **a), world.draw(conditions, **b), reference)
+        drawn = [world.draw(conditions, **given) for given in (a, b)]
+        found = kernel_distance_difference(*drawn, reference, metric=metric)
         hits += abs(found.value - truth) <= quantile * found.error
     return hits / repeats
 
@@ -74,24 +91,27 @@ def within(share: float, expected: float, repeats: int) -> bool:
     return abs(share - expected) <= 3 * math.sqrt(expected * (1 - expected) / repeats)
 
 
-def test_interval_covers_the_truth():
-    share = covered(300, 500, 1000, dict(shift=0.1, scale=1.1), dict(shift=0.05))
-    assert within(share, 0.95, 300), share
+@pytest.mark.parametrize("metric, repeats", [("kid", 300), ("mmd", 150)])
+def test_interval_covers_the_truth(metric, repeats):
+    share = covered(repeats, 500, 1000, dict(shift=0.1, scale=1.1), dict(shift=0.05), metric)
+    assert within(share, 0.95, repeats), share
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("metric", ["kid", "mmd"])
 @pytest.mark.parametrize("b", [dict(shift=0.05), dict(scale=0.9), dict(shift=-0.1, scale=1.1)])
-def test_interval_covers_the_truth_at_the_quickstarts_size(b):
-    share = covered(300, 500, 5000, dict(shift=0.1, scale=1.1), b)
+def test_interval_covers_the_truth_at_the_quickstarts_size(b, metric):
+    share = covered(300, 500, 5000, dict(shift=0.1, scale=1.1), b, metric)
     assert within(share, 0.95, 300), share
 
 
 @pytest.mark.slow
-def test_interval_errs_on_the_safe_side_where_both_equal_the_reference():
-    assert covered(500, 300, 1000, {}, {}) >= 0.95
+@pytest.mark.parametrize("metric", ["kid", "mmd"])
+def test_interval_errs_on_the_safe_side_where_both_equal_the_reference(metric):
+    assert covered(500, 300, 1000, {}, {}, metric) >= 0.95
 
 
-def claims(repeats: int, count: int, references: int) -> float:
+def claims(repeats: int, count: int, references: int, metric: str = "kid") -> float:
     """How often `decide` claims a difference between priors of one distribution and independent noise."""
     world, found = World(1), 0
     for _ in range(repeats):
@@ -101,7 +121,7 @@ def claims(repeats: int, count: int, references: int) -> float:
             for prior in ("self", "base")
             for scale in (1.5, 2.0, 3.0)
         }
-        verdict = decide(arms, world.draw(world.conditions(references)), Rule(guards={}))
+        verdict = decide(arms, world.draw(world.conditions(references)), Rule(metric, {}))
         found += verdict.comparisons[0].outcome != "no difference"
     return found / repeats
 
@@ -112,8 +132,9 @@ def test_equal_priors_are_rarely_told_apart():
 
 
 @pytest.mark.slow
-def test_equal_priors_are_told_apart_in_at_most_five_percent():
-    share = claims(1000, 400, 600)
+@pytest.mark.parametrize("metric", ["kid", "mmd"])
+def test_equal_priors_are_told_apart_in_at_most_five_percent(metric):
+    share = claims(1000, 400, 600, metric)
     assert share <= 0.05 or within(share, 0.05, 1000), share
 
 
@@ -195,6 +216,36 @@ def test_guard_that_fails_is_told():
         "base at scale 2 is better by psnr, but a loss of more than 0.1 is not ruled out, accuracy -1"
         in verdict.sentence
     )
+
+
+@pytest.mark.parametrize("metric", [name for name in PER_CONDITION if name != "psnr"])
+def test_any_metric_per_condition_decides_or_guards_in_its_own_direction(metric):
+    low, high = (scored(0, seed=seed).per_condition["psnr"] + seed for seed in (0, 1))
+    more = {("self", (2.0,)): scored(0, **{metric: low}), ("base", (2.0,)): scored(0.5, 40, 1, **{metric: high})}
+    verdict = decide(more, rule=Rule(metric, {}))
+    assert verdict.prior == ("self" if metric in ("lpips", "flicker") else "base")
+    assert f" {metric} +1" in verdict.sentence or f"({metric} +1" in verdict.sentence
+    guarded = decide(more, rule=Rule("psnr", {metric: 0.5})).comparisons[0]
+    assert guarded.outcome == ("guard broken" if metric in ("lpips", "flicker") else "better")
+
+
+def test_kernels_decide_and_guard_alike():
+    world = World(2)
+    reference = world.draw(world.conditions(300))
+    arms = kid_arms(world, 200, self=(2.0, 1.0), base=(2.0, 0.0))
+    found = {metric: decide(arms, reference, Rule(metric, {})).comparisons[0] for metric in ("kid", "mmd")}
+    assert {metric: (c.metric, c.outcome) for metric, c in found.items()} == {
+        "kid": ("kid", "better"),
+        "mmd": ("mmd", "better"),
+    }
+    assert found["kid"].difference != found["mmd"].difference
+    judged = (arms[name, (2.0,)].features[1::2] for name in ("base", "self"))
+    wanted = kernel_distance_difference(*judged, reference, metric="mmd")
+    assert found["mmd"].difference == pytest.approx(wanted.value)
+    guard = decide(arms, reference, Rule("kid", {"mmd": 0.0})).comparisons[0].guards["mmd"]
+    assert guard.difference == pytest.approx(wanted.value) and guard.holds
+    with pytest.raises(ValueError, match="names mmd, which needs the features of a reference"):
+        decide(arms, None, Rule("mmd", {}))
 
 
 def kid_arms(world: World, count: int, **arms: tuple[float, float]) -> dict[tuple[str, tuple[float, ...]], Scores]:
@@ -323,7 +374,8 @@ def test_refuses_features_that_do_not_fit():
     "given, told",
     [
         (dict(decide_by="fd"), "fd has no unbiased paired difference"),
-        (dict(decide_by="sharpness"), "got 'sharpness'"),
+        (dict(decide_by="fd_inf"), "use kid or mmd"),
+        (dict(decide_by="sharpness"), "among kid, mmd, psnr, clip_text, .*, got 'sharpness'"),
         (dict(guards={"coverage": 0.1}), "coverage has no unbiased"),
         (dict(level=95), "between 0 and 1, got 95"),
         (dict(margin=-1), "0 or more, got -1"),

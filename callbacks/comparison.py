@@ -24,6 +24,7 @@ from ..sample.model import Condition, DiffusionModel
 from ..sample.verdict import Rule
 from .preemption import stopping, together
 from .records import write_comparison
+from .shares import check_enough, chunks, encode, gather, rows, share
 from .wandb_log import log_comparison
 
 
@@ -102,6 +103,10 @@ class PriorComparison(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.check(pl_module.model)  # type: ignore[arg-type]
+        check_enough(trainer.datamodule, self.num_conditions, self._reference())  # type: ignore[attr-defined]
+
+    def _reference(self) -> int:
+        return 0 if self.metric_network is None else self.num_reference
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started, self.seconds = time.perf_counter(), 0.0
@@ -177,6 +182,7 @@ class PriorComparison(L.Callback):
     ) -> Evaluation:
         """Samples and measures every arm, each rank its share of the conditions; if `full`, times them and decides."""
         n = num_conditions or self.num_conditions
+        check_enough(data, n, self._reference())
         device = pl_module.device
         with ExitStack() as stack:
             stack.enter_context(isolate_rng())
@@ -185,26 +191,26 @@ class PriorComparison(L.Callback):
             candidates = self.candidates(model, scales)
             stack.enter_context(self.on_device(device))
             batch = data.held_out(n)
-            mine = _share(n, rank, world)
-            part = to_device({name: _rows(value, mine) for name, value in batch.items()}, device)
+            mine = share(n, rank, world)
+            part = to_device({name: rows(value, mine) for name, value in batch.items()}, device)
             seeds = [self.seed + int(i) for i in mine]
 
             def draw(size: int) -> tuple[Condition, dict[Arm, Tensor]]:
-                condition = _encode(model, part, size)
+                condition = encode(model, part, size)
                 options: dict[str, Any] = {"batch_size": size, "on_step": on_step}
                 return condition, compare(model, condition, seeds, candidates, self.sampler, **options)
 
             with together(pl_module.trainer) if world > 1 else nullcontext():
                 (condition, pictures), self.batch_size = within_memory(draw, self.batch_size)
             if world > 1:
-                pictures = _gather(pl_module, pictures, n, world)
+                pictures = gather(pl_module, pictures, n, world)
             if not all(images.isfinite().all() for images in pictures.values()):
                 raise ValueError("the pictures are no longer finite: lower the learning rate, or clip gradients")
             costs = costs_of(model, condition, candidates, self.sampler, self.batch_size) if full else None
             return judge(
                 pictures,
                 network=self.metric_network,  # type: ignore[arg-type]
-                reference=data.reference(self.num_reference, offset=n),
+                reference=data.reference(self.num_reference, offset=n) if self._reference() else None,
                 target=batch.get("pixels") if self.has_target else None,
                 label=batch.get("class", batch.get("label")),
                 text=as_texts(batch.get("text")),
@@ -219,15 +225,15 @@ class PriorComparison(L.Callback):
             )
 
     def health(self, pl_module: L.LightningModule, data: Any, n: int) -> dict[str, Health]:
-        """The null prediction of every other network on n held-out pictures, see `null_health`."""
+        """The null prediction of every network on n held-out pictures, see `null_health`."""
         with isolate_rng(), torch.no_grad(), pl_module.averaged() as model:  # type: ignore[operator]
             priors = self._bind(model)
             with self.on_device(pl_module.device):
-                encoded = [model.encode(to_device(chunk, pl_module.device)) for chunk in _chunks(data.held_out(n), 16)]
+                encoded = [model.encode(to_device(chunk, pl_module.device)) for chunk in chunks(data.held_out(n), 16)]
                 condition = {name: torch.cat([part[name] for _, part in encoded]) for name in encoded[0][1]}
                 x_0 = torch.cat([clean for clean, _ in encoded])
-                others = {name: prior for name, prior in priors.items() if prior is not None and not prior.keep}
-                return null_health(model, others, x_0, condition, batch_size=self.batch_size)
+                plain = {name: prior for name, prior in priors.items() if prior is None or not prior.keep}
+                return null_health(model, plain, x_0, condition, batch_size=self.batch_size)
 
     @contextmanager
     def on_device(self, device: torch.device) -> Iterator[None]:
@@ -261,35 +267,3 @@ def _candidate(
     """A candidate with the comparison's options where it has none of its own."""
     own = prior if isinstance(prior, Candidate) else Candidate(prior)
     return replace(own, interval=own.interval or interval, channels=own.channels or channels)
-
-
-def _share(n: int, rank: int, world: int) -> Tensor:
-    """A rank's conditions, the same number on every rank; those past the end repeat the first."""
-    return torch.arange(rank, rank + world * -(-n // world), world) % n
-
-
-def _encode(model: DiffusionModel, batch: dict[str, Any], size: int) -> Condition:
-    """The batch's condition, encoded `size` rows at a time."""
-    chunks = [model.encode_condition(chunk) for chunk in _chunks(batch, size)]
-    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
-
-
-def _chunks(batch: dict[str, Any], size: int) -> Iterator[dict[str, Any]]:
-    """The batch, `size` rows at a time."""
-    for start in range(0, len(next(iter(batch.values()))), size):
-        yield {name: value[start : start + size] for name, value in batch.items()}
-
-
-def _rows(value: Any, rows: Tensor) -> Any:
-    """The rows of a tensor or of a list, one per condition."""
-    return value[rows] if isinstance(value, Tensor) else [value[row] for row in rows.tolist()]
-
-
-def _gather(pl_module: L.LightningModule, pictures: dict[Arm, Tensor], n: int, world: int) -> dict[Arm, Tensor]:
-    """Every rank's share, put back in the order of the conditions; equal pictures stay one tensor."""
-    gathered: dict[int, Tensor] = {}
-    for mine in pictures.values():
-        if id(mine) not in gathered:
-            shares: Any = pl_module.all_gather(mine.to(pl_module.device))  # (world, share, C, H, W)
-            gathered[id(mine)] = shares.transpose(0, 1).flatten(0, 1)[:n].cpu()
-    return {arm: gathered[id(mine)] for arm, mine in pictures.items()}

@@ -1,9 +1,11 @@
 """A page of HTML in one file: tags whose text is escaped, and how it all looks."""
 
+import base64
+import hashlib
 from html import escape
 from typing import Any
 
-LEAVES = {"meta", "img", "br", "circle", "line", "path", "rect", "polygon", "polyline"}
+LEAVES = {"meta", "img", "source", "input", "br", "circle", "line", "path", "rect", "polygon", "polyline"}
 
 
 class Html(str):
@@ -29,9 +31,11 @@ def join(*children: Any) -> Html:
     )
 
 
-def document(title: str, *body: Html) -> Html:
-    """The whole page; it may load nothing from anywhere, which its own policy enforces."""
+def document(title: str, *body: Html, style: str = "", script: str = "") -> Html:
+    """The whole page; it may load nothing from anywhere and run nothing but `script`, which its own policy enforces."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    policy += f"; script-src 'sha256-{digest}'" if script else ""
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -39,9 +43,10 @@ def document(title: str, *body: Html) -> Html:
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="color-scheme", content="light dark"),
         tag("title", title),
-        tag("style", Html(STYLE)),
+        tag("style", Html(STYLE + style)),
     )
-    return Html("<!doctype html>\n" + tag("html", head, tag("body", *body), lang="en") + "\n")
+    scripts = [tag("script", Html(script))] if script else []
+    return Html("<!doctype html>\n" + tag("html", head, tag("body", *body, *scripts), lang="en") + "\n")
 
 
 # Lines are coloured after Okabe and Ito (2008), who chose colours that stay apart under colour blindness.
@@ -88,6 +93,7 @@ figure { margin: .6rem 0 0; min-width: 0; }
 .chart .label { fill: currentColor; font-weight: 600; paint-order: stroke; stroke: var(--page); stroke-width: 4px;
   stroke-linejoin: round; }
 .chart .rule { stroke: var(--rule); } .chart .axis { stroke: var(--soft); }
+.chart .band { fill: currentColor; fill-opacity: .16; }
 .chart .level { stroke: var(--soft); stroke-dasharray: 2 4; }
 .chart .level-text { paint-order: stroke; stroke: var(--page); stroke-width: 4px; }
 .wide { overflow-x: auto; margin: .6rem 0; }

@@ -1,16 +1,21 @@
-"""What a comparison leaves on disk: panels as PNG, metrics as JSON Lines, the full record as JSON."""
+"""What a comparison leaves on disk: panels as PNG, of clips as GIF too, metrics as JSON Lines."""
 
 import io
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path as File
 from typing import Any
 
 from torch import Tensor
 
 from ..sample.evaluate import Evaluation
-from .panels import panel
+from ..sample.pictures import FPS, gif
+from .panels import animated_panel, panel
 from .quantities import candidate_text
+
+PLAYED = 6
+"""Conditions in an animated panel."""
 
 
 def write_whole(path: File, content: str | bytes) -> None:
@@ -25,22 +30,44 @@ def write_whole(path: File, content: str | bytes) -> None:
 
 
 def shown(batch: dict[str, Any], key: str) -> Tensor | None:
-    """A batch's pictures of that name, or None where it has none."""
+    """A batch's pictures or clips of that name, or None where it has none."""
     value = batch.get(key)
-    return value if isinstance(value, Tensor) and value.ndim == 4 else None
+    return value if isinstance(value, Tensor) and value.ndim in (4, 5) else None
+
+
+def rates(batch: Mapping[str, Any], count: int) -> list[float]:
+    """Frames per second of each of the first `count` clips of a batch, which may have them as "fps" (B,)."""
+    fps = batch.get("fps")
+    return [FPS] * count if fps is None else fps[:count].tolist()
 
 
 def comparison_panel(evaluation: Evaluation, batch: dict[str, Any]) -> Any:
     """Condition, every arm and target, a row per condition of the batch, as one PIL picture."""
-    count = len(next(iter(batch.values())))
+    return panel(*_columns(evaluation, batch, len(next(iter(batch.values())))))
+
+
+def write_panel(stem: File, evaluation: Evaluation, batch: dict[str, Any]) -> None:
+    """The comparison's panel as stem.png; of clips also stem.gif, in which the first PLAYED play side by side."""
+    comparison_panel(evaluation, batch).save(png := io.BytesIO(), "PNG")
+    write_whole(stem.with_name(f"{stem.name}.png"), png.getvalue())
+    if next(iter(evaluation.pictures.values())).ndim == 5:
+        count = min(PLAYED, len(next(iter(batch.values()))))
+        played, fps = animated_panel(*_columns(evaluation, batch, count)), rates(batch, count)
+        write_whole(stem.with_name(f"{stem.name}.gif"), gif(played, sum(fps) / count))
+
+
+def _columns(evaluation: Evaluation, batch: dict[str, Any], count: int) -> tuple[Any, dict[str, Tensor], Any, Any]:
+    """The arguments of a panel of the first `count` conditions."""
     candidates = {candidate_text(*arm): images[:count] for arm, images in evaluation.pictures.items()}
-    return panel(shown(batch, "image"), candidates, shown(batch, "pixels"), batch.get("text", ()))
+    condition, target = (
+        None if part is None else part[:count] for part in (shown(batch, "image"), shown(batch, "pixels"))
+    )
+    return condition, candidates, target, batch.get("text", ())[:count]
 
 
 def write_comparison(folder: File, step: int, evaluation: Evaluation, batch: dict[str, Any]) -> None:
-    """`panel-<step>.png`, and one line of metrics.jsonl, in the folder."""
-    comparison_panel(evaluation, batch).save(png := io.BytesIO(), "PNG")
-    write_whole(folder / f"panel-{step:08d}.png", png.getvalue())
+    """The panel `panel-<step>`, and one line of metrics.jsonl, in the folder."""
+    write_panel(folder / f"panel-{step:08d}", evaluation, batch)
     lines = folder / "metrics.jsonl"
     earlier = lines.read_text() if lines.exists() else ""
     write_whole(lines, earlier + json.dumps({"step": step, "rows": evaluation.rows()}) + "\n")

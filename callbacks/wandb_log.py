@@ -1,5 +1,6 @@
 """What goes to Weights & Biases: fixed keys per prior, scale and condition, on a step axis of their own."""
 
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path as File
@@ -11,8 +12,8 @@ from torch import Tensor
 from ..sample.evaluate import Evaluation
 from ..sample.guidance import Arm
 from ..sample.manifest import MANIFEST, sha256
-from ..sample.pictures import to_pil
-from .records import comparison_panel, shown
+from ..sample.pictures import FPS, gif, to_pil
+from .records import comparison_panel, rates, shown
 from .wandb_run import forgiving
 
 STEP = "compare/step"
@@ -35,14 +36,14 @@ def log_comparison(loggers: Iterable[Logger], step: int, evaluation: Evaluation,
         import wandb
 
         count = min(len(next(iter(batch.values()))), *map(len, evaluation.pictures.values()))
-        arms = _distinct(evaluation.pictures)
+        arms, fps = _distinct(evaluation.pictures), rates(batch, count)
         values: dict[str, Any] = {"compare/panel": wandb.Image(comparison_panel(evaluation, dict(batch)))}
         for row in evaluation.rows():
             for metric, estimate in row["metrics"].items():
                 values[f"compare/{row['prior']}/{scale_name(row['scales'])}/{metric}"] = estimate["value"]
         for name, pictures in arms.items():
             for i in range(count):
-                values[f"pictures/{name}/{i:02d}"] = wandb.Image(to_pil(pictures[i]))
+                values[f"pictures/{name}/{i:02d}"] = _media(pictures[i], fps[i])
         for run in runs:
             _log(run, step, values)
             _log(run, step, {"compare/table": _table(batch, arms, count)})  # apart, since tables can fail to upload
@@ -54,7 +55,7 @@ def scale_name(scales: Sequence[float]) -> str:
 
 
 def _distinct(pictures: Mapping[Arm, Tensor]) -> dict[str, Tensor]:
-    """<prior>/<scale> -> pictures (N, C, H, W); those that no prior had a part in once, as "none"."""
+    """<prior>/<scale> -> pictures or clips (N, ...); those that no prior had a part in once, as "none"."""
     named = {(("none" if scales[0] == 1 else prior), scales): value for (prior, scales), value in pictures.items()}
     return {f"{prior}/{scale_name(scales)}": value for (prior, scales), value in named.items()}
 
@@ -70,8 +71,17 @@ def _table(batch: Mapping[str, Any], arms: Mapping[str, Tensor], count: int) -> 
     pictured = {"condition": shown(dict(batch), "image"), **arms, "target": shown(dict(batch), "pixels")}
     for name, pictures in pictured.items():
         if pictures is not None:
-            columns[name] = [wandb.Image(to_pil(picture)) for picture in pictures[:count]]
+            columns[name] = [_media(*each) for each in zip(pictures[:count], rates(batch, count), strict=True)]
     return wandb.Table(list(columns), [[column[i] for column in columns.values()] for i in range(count)])
+
+
+def _media(pixels: Tensor, fps: float = FPS) -> Any:
+    """A picture (C, H, W), or a clip (C, F, H, W) as a GIF: W&B would need moviepy to make one of an array."""
+    import wandb
+
+    if pixels.ndim == 3:
+        return wandb.Image(to_pil(pixels))
+    return wandb.Video(io.BytesIO(gif([to_pil(frame) for frame in pixels.unbind(1)], fps)), format="gif")
 
 
 def _log(run: Any, step: int, values: Mapping[str, Any]) -> None:

@@ -22,17 +22,20 @@ LONGEST = 50
 Place = tuple[float, float]
 """Where a square is cut out, down and across: 0 is the first place possible, just below 1 the last."""
 
+Size = int | tuple[int, int]
+"""Of what is cut out: the side of a square, or (height, width)."""
+
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 def decode(
     source: str | File | Mapping[str, Any] | None,
-    resolution: int,
+    resolution: Size,
     channels: int,
     pad: bool = True,
     place: Place | None = None,
 ) -> Tensor:
-    """A picture as uint8 (channels, resolution, resolution).
+    """A picture as uint8 (channels, *resolution).
 
     `source`: a path, or {"bytes", "path"} as `datasets` keeps pictures. Upright by its EXIF tag; transparency lies on
     white; CMYK, palettes and 16-bit grey are converted. With `pad`, small grey pictures may be padded; see `fit`.
@@ -44,37 +47,44 @@ def decode(
     if file is None:
         raise ValueError("there is no picture")
     with Image.open(file) as opened:
-        picture = ImageOps.exif_transpose(opened)
-        grey = picture.mode in ("1", "L", "I", "I;16", "I;16B", "F")
-        if picture.mode.startswith("I"):  # Pillow's own conversion may clip 16 bits instead of scaling them
-            picture = Image.fromarray((np.asarray(picture) // 256).clip(0, 255).astype(np.uint8))
-        elif picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        array = np.array(picture.convert("L" if channels == 1 else "RGB"))
+        return convert(opened, resolution, channels, pad, place)
+
+
+def convert(opened: Image.Image, resolution: Size, channels: int, pad: bool, place: Place | None = None) -> Tensor:
+    """An opened picture, or the frame that it is at, as `decode` gives it."""
+    picture = ImageOps.exif_transpose(opened)
+    grey = picture.mode in ("1", "L", "I", "I;16", "I;16B", "F")
+    if picture.mode.startswith("I"):  # Pillow's own conversion may clip 16 bits instead of scaling them
+        picture = Image.fromarray((np.asarray(picture) // 256).clip(0, 255).astype(np.uint8))
+    elif picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    array = np.array(picture.convert("L" if channels == 1 else "RGB"))
     pixels = torch.from_numpy(array).reshape(*array.shape[:2], channels).permute(2, 0, 1)
     return fit(pixels[None], resolution, pad and grey, place)[0]
 
 
-def fit(pixels: Tensor, resolution: int, pad: bool, place: Place | None = None) -> Tensor:
-    """uint8 (B, C, H, W) as uint8 (B, C, resolution, resolution).
+def fit(pixels: Tensor, resolution: Size, pad: bool, place: Place | None = None) -> Tensor:
+    """uint8 (B, C, H, W) as uint8 (B, C, *resolution).
 
-    With `pad`, pictures at most 4 pixels too small, evenly so (28x28 at 32), get a frame of zeros; otherwise the
-    shorter side is resized (bicubic, antialiased) and a square is cut out, at the centre unless `place` says where.
+    With `pad`, pictures at most 4 pixels too small, evenly so (28x28 at 32), get a frame of zeros; otherwise they are
+    resized to cover it (bicubic, antialiased) and cut, at the centre unless `place` says where.
     ValueError for a strip, whose longer side is more than LONGEST times the shorter.
     """
     height, width = pixels.shape[-2:]
-    missing = (resolution - height, resolution - width)
+    tall, wide = (resolution, resolution) if isinstance(resolution, int) else resolution
+    missing = (tall - height, wide - width)
     if missing == (0, 0):
         return pixels
     if pad and all(0 <= m <= 4 and m % 2 == 0 for m in missing):
         return F.pad(pixels, (missing[1] // 2,) * 2 + (missing[0] // 2,) * 2)
     if max(height, width) > LONGEST * min(height, width):
         raise ValueError(f"the longer side may be {LONGEST} times the shorter at most, got {height} x {width}")
-    scale = resolution / min(height, width)
-    size = [max(resolution, round(height * scale)), max(resolution, round(width * scale))]
+    scale = max(tall / height, wide / width)
+    size = [max(tall, round(height * scale)), max(wide, round(width * scale))]
     pixels = F.interpolate(pixels.contiguous(), size, mode="bicubic", antialias=True)
-    top, left = (size[0] - resolution) // 2, (size[1] - resolution) // 2
+    room = (size[0] - tall, size[1] - wide)
+    top, left = (side // 2 for side in room)
     if place is not None:
-        top, left = (int(at * (side - resolution + 1)) for at, side in zip(place, size, strict=True))
-    return pixels[..., top : top + resolution, left : left + resolution].contiguous()
+        top, left = (int(at * (side + 1)) for at, side in zip(place, room, strict=True))
+    return pixels[..., top : top + tall, left : left + wide].contiguous()

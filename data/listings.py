@@ -39,10 +39,9 @@ def read_splits(
     """
     folder = File(source).expanduser()
     if folder.is_dir() and plain(folder):
-        if not (folder / "train").is_dir():
-            return [from_folder(folder)]
-        held = [folder / name for name in HELD if (folder / name).is_dir()]
-        return [from_folder(split) for split in (folder / "train", *held[:1])]
+        return [from_folder(split) for split in split_folders(folder)]
+    if folder.is_file():
+        raise ValueError(f"source must be a folder, or a data set on the Hub, got the file {source}: give its folder")
     if folder.is_absolute() and not folder.is_dir():
         raise ValueError(f"source must be a folder that exists, got {source}")
     import datasets
@@ -61,6 +60,13 @@ def read_splits(
 
 
 HELD = ("test", "validation", "val")
+
+
+def split_folders(folder: File) -> list[File]:
+    """The folder's "train" and, where it has one, another split's folder; the folder itself where it has no "train"."""
+    if not (folder / "train").is_dir():
+        return [folder]
+    return [folder / "train", *[folder / name for name in HELD if (folder / name).is_dir()][:1]]
 
 
 def list_folder(folder: File) -> Listing:

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from .sources import FileImages, Images
+from .sources import Images
 from .tasks import Batch, Transform
 
 
@@ -99,7 +99,7 @@ class PictureData(LightningDataModule, ABC):
 
     def _loader(self, images: Any, order: type["Order"], shuffle: bool) -> "Loader":
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        workers = self.num_workers if isinstance(self.splits.train, FileImages) else 0
+        workers = self.num_workers if getattr(self.splits.train, "decodes", False) else 0
         sampler = order(images, world, rank, shuffle=shuffle, seed=self.seed, drop_last=shuffle)
         if shuffle and len(sampler) < self.train_batch_size:
             raise ValueError(

@@ -6,11 +6,11 @@ a batch key for each.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain, repeat
 from pathlib import Path as File
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,7 +24,40 @@ log = logging.getLogger(__name__)
 
 
 class BadImages(ValueError):
-    """More unreadable pictures than allowed; the message lists them."""
+    """More unreadable pictures, or clips, than allowed; the message lists them."""
+
+
+Row = TypeVar("Row")
+
+
+def first_readable(
+    index: int,
+    bad: Tensor,
+    read: Callable[[int], Row],
+    name: Callable[[int], str],
+    limit: int,
+    kind: str = "picture",
+    option: str = "max_bad_images",
+) -> tuple[int, Row]:
+    """(i, read(i)) for the first row i from `index` on, and around the end, that can be read.
+
+    bad: uint8 (N,), not 0 for rows known to be unreadable; in shared memory what one loader worker marks, all see.
+    Each is reported once, by its name; `BadImages` lists them where there are more than `limit`.
+    """
+    for other in chain(range(index, len(bad)), range(index)):
+        if bad[other]:
+            continue
+        try:
+            return other, read(other)
+        except UNREADABLE as error:
+            bad[other].clamp_(min=1)
+            log.warning("skipped an unreadable %s, %s: %s", kind, name(other), error)
+        if bad.count_nonzero() > limit:
+            break
+    names = [name(i) for i in bad.nonzero().flatten().tolist()]
+    raise BadImages(
+        f"at most {limit} {kind}s may be unreadable ({option}), found {len(names)} among {len(bad)}: {', '.join(names)}"
+    )
 
 
 class MemoryImages(Dataset):
@@ -51,6 +84,8 @@ class FileImages(Dataset):
     cannot be read is reported, and the next readable one stands in for it, so that batches keep their size; beyond
     `max_bad_images` of them, counted over all loader workers of a process, `BadImages` lists their names.
     """
+
+    decodes = True  # which loader workers are worth
 
     def __init__(
         self,
@@ -95,24 +130,17 @@ class FileImages(Dataset):
         return batch
 
     def _read(self, index: int, place: Place | None) -> tuple[int, dict[str, Tensor]]:
-        for other in chain(range(index, len(self)), range(index)):
-            if self.bad[other]:
-                continue
-            pictures, read = self._pictures(other), {}
-            try:
-                for key, picture in pictures.items():  # the pictures of a row are fitted alike: none alone is padded
-                    read[key] = decode(picture, self.resolution, self.channels, pad=len(pictures) == 1, place=place)
-                return other, read
-            except UNREADABLE as error:
-                self.bad[other] = 1 + len(read)
-                log.warning("skipped an unreadable picture, %s: %s", self._name(other), error)
-            if self.bad.count_nonzero() > self.max_bad_images:
-                break
-        names = [self._name(i) for i in self.bad.nonzero().flatten().tolist()]
-        raise BadImages(
-            f"at most {self.max_bad_images} pictures may be unreadable (max_bad_images), found {len(names)} "
-            f"among {len(self)}: {', '.join(names)}"
-        )
+        def read(row: int) -> dict[str, Tensor]:
+            pictures, found = self._pictures(row), {}
+            for key, picture in pictures.items():  # the pictures of a row are fitted alike: none alone is padded
+                try:
+                    found[key] = decode(picture, self.resolution, self.channels, pad=len(pictures) == 1, place=place)
+                except UNREADABLE:
+                    self.bad[row] = 1 + len(found)
+                    raise
+            return found
+
+        return first_readable(index, self.bad, read, self._name, self.max_bad_images)
 
     def _pictures(self, index: int) -> Mapping[str, Any]:
         pictures = self.pictures[int(self.rows[index])]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from .listings import HELD
+from .listings import split_folders
 from .loading import EpochOrder, Loader, PictureData
 from .solids import draw_camera, draw_solid, render
 from .sources import FileImages, Images, MemoryImages
@@ -79,11 +79,7 @@ class ObjectViews(PictureData):
         folder = File(self.source).expanduser()
         if not folder.is_dir():
             raise ValueError(f"source must be a folder of object folders, or 'generated', got {self.source!r}")
-        if (folder / "train").is_dir():
-            splits = [folder / "train", *[folder / name for name in HELD if (folder / name).is_dir()][:1]]
-        else:
-            splits = [folder]
-        found = [list_objects(split) for split in splits]
+        found = [list_objects(split) for split in split_folders(folder)]
         if len(found) == 1:
             (objects,) = found
             order = torch.randperm(len(objects), generator=torch.Generator().manual_seed(0)).tolist()

@@ -135,7 +135,9 @@ def choose_weights(held: Mapping[str, Any], name: str, path: str | File) -> dict
     """
     sets = weight_sets(held)
     if not (state := sets.get(name) or sets.get("")):
-        raise ValueError(f"{path} has no weights called {name!r}; it has {sorted(sets)}")
+        raise ValueError(
+            f"{path} has no weights called {name!r}; it has {sorted(sets)} (`priorguide doctor {path}` says what it is)"
+        )
     return state
 
 

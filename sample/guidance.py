@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .model import Condition, DiffusionModel, keep_only
-from .noise import convert, like, log_snr, split, weights
+from .noise import convert, data_coefficients, data_scale, like, log_snr, split, weights
 
 Scales = tuple[float, ...]
 Arm = tuple[str, Scales]
@@ -78,9 +78,9 @@ class Prior:
         """x_t and t (B,) as the prior's own network takes them: at equal log-SNR, clamped to the range it knows."""
         if self.model.path == self.onto.path:
             return x_t, t
-        alpha, sigma = self.onto.path.coefficients(t)
+        alpha, sigma = data_coefficients(self.onto.path, t)
         own_t = self.model.path.time(log_snr(alpha, sigma))
-        own_alpha, own_sigma = self.model.path.coefficients(own_t)
+        own_alpha, own_sigma = data_coefficients(self.model.path, own_t)
         return like(torch.hypot(own_alpha, own_sigma) / torch.hypot(alpha, sigma), x_t) * x_t, own_t
 
     def express(self, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -92,7 +92,9 @@ class Prior:
         own_x_t, own_t = self.locate(x_t, t)
         own_alpha, own_sigma = model.path.coefficients(own_t)
         x_0, eps = split(model.prediction, out, own_x_t, like(own_alpha, out), like(own_sigma, out))
-        clamped = (log_snr(own_alpha, own_sigma) - log_snr(alpha, sigma)).abs() > 1e-6
+        x_0 = like(data_scale(onto.path, t) / data_scale(model.path, own_t), out) * x_0
+        snr, own_snr = (log_snr(*data_coefficients(p.path, u)) for p, u in ((onto, t), (model, own_t)))
+        clamped = (own_snr - snr).abs() > 1e-6
         # Beyond the prior's range only its x_0 is of use; eps is what then remains of x_t.
         alpha, sigma, clamped = like(alpha, out), like(sigma, out), like(clamped, out).bool()
         eps = torch.where(clamped, (x_t - alpha * x_0) / sigma, eps)
@@ -124,8 +126,8 @@ def unconditional(base: DiffusionModel, onto: DiffusionModel, keep: frozenset[st
         (base_low, base_high), (low, high) = base.path.log_snr_range(), onto.path.log_snr_range()
         if low < base_low - 1e-6 or high > base_high + 1e-6:
             warnings.warn(
-                f"the prior knows log-SNR {base_low:.2f} to {base_high:.2f}, the fine-tuned model {low:.2f} to "
-                f"{high:.2f}: outside its range the prior is asked at its nearest noise level",
+                f"the prior {type(base).__name__} knows log-SNR {base_low:.2f} to {base_high:.2f}, the fine-tuned "
+                f"model {low:.2f} to {high:.2f}: outside its range the prior is asked at its nearest noise level",
                 stacklevel=2,
             )
     return Prior(base, onto, keep)
@@ -156,12 +158,17 @@ class Guidance:
 
     def check(self, model: DiffusionModel) -> None:
         """ValueError unless this guidance fits the model's ladder."""
+        if not isinstance(self.scales, tuple | list):
+            raise ValueError(f"scales must be a list of numbers, one per rung, got {self.scales!r}")
         if len(self.scales) != len(model.ladder):
             raise ValueError(
                 f"{type(model).__name__} has a ladder of {len(model.ladder)} rung(s) "
                 f"({', '.join('+'.join(sorted(keep)) for keep in model.ladder)}) and takes as many scales, "
                 f"got {len(self.scales)}: {self.scales}"
             )
+        if self.prior is not None and not isinstance(self.prior, Prior):
+            kind = type(self.prior).__name__
+            raise ValueError(f"a prior is bound onto its model by unconditional(base, onto=model), got a bare {kind}")
         if self.prior is not None and self.prior.onto is not model:
             raise ValueError("the prior is bound onto another model; bind it with unconditional(base, onto=model)")
         if not 0 <= self.rescale <= 1:

@@ -141,6 +141,8 @@ def kind(shapes: Shapes, in_channels: int) -> str | None:
     found = next((text[prefix] for prefix in text if any(name.startswith(prefix) for name in shapes)), None)
     if found is None or shapes.get(f"{UNET}input_blocks.0.0.weight", (0, 0))[1] != in_channels:
         return None
+    if f"{UNET}init_attn.0.proj_in.weight" in shapes:  # a U-Net of clips
+        return None
     averaged = any(name.startswith("model_ema.diffusion_model") for name in shapes)
     return f"{found}, live and averaged weights" if averaged else found
 
@@ -203,6 +205,8 @@ def read_unet(
         if not averaged:
             raise ValueError(f"{path} has no averaged weights (model_ema.*): ask for its live ones, weights='model'")
         chosen = {name: averaged[short] for name in live if (short := name.replace(".", "")) in averaged}
+        if alone := sorted(live.keys() - chosen.keys()):
+            raise ValueError(f"{path} has no averages of {len(alone)} of its live weights, {UNET}{alone[0]} for one")
     names = (sizes["layers_per_block"], len(heads))
     load_renamed(unet, chosen, lambda own: unet_name(own, *names), f"the {weights} U-Net of {path}")
     return unet

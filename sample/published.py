@@ -17,6 +17,12 @@ from .latents import latent_space, read_autoencoder
 from .noise import DiscretePath
 from .text import encode_tokens, null_text, null_tokens, tiny_text
 
+KNOWN = (
+    *(ldm.UNET, ldm.VAE, "cond_stage_model.", "model_ema."),
+    *("betas", "alphas_", "sqrt_", "log_one_", "posterior_", "logvar", "scale_factor"),
+)
+"""How the names of an original file's tensors begin: networks and averages, then buffers of the noise schedule."""
+
 
 @dataclass
 class Parts:
@@ -99,10 +105,15 @@ def _from_file(
     if f"{ldm.UNET}input_blocks.0.0.weight" not in state:
         first = ", ".join([*state][:4])
         raise ValueError(f"{path} is no latent diffusion checkpoint: it has no {ldm.UNET}*; it begins with {first}")
+    if weights not in (None, "ema", "model"):
+        raise ValueError(f"weights must be 'ema' (averaged) or 'model' (live), got {weights!r}")
     weights = weights or ("ema" if any(name.startswith("model_ema.d") for name in state) else "model")
     network = ldm.read_unet(state, path, weights, num_heads, num_head_channels)
     vae = ldm.read_vae(state, path).float()
     text_encoder, pad = ldm.read_text_encoder(state, path, text_heads)
+    if strange := [name for name in state if not name.startswith(KNOWN)]:
+        rest = f" and {len(strange) - 4} more" if len(strange) > 4 else ""
+        raise ValueError(f"{path} has besides its networks {', '.join(strange[:4])}{rest}: not a file of this kind")
     text_encoder.float()
     vocabulary, length = text_encoder.config.vocab_size, text_encoder.config.max_position_embeddings
     ids = null_tokens(pad, length, vocabulary - 2, vocabulary - 1)

@@ -19,6 +19,8 @@ def set_timesteps(
     """
     if (steps is None) == (timesteps is None):
         raise ValueError(f"give either steps or timesteps, got steps={steps}, timesteps={timesteps}")
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
     if timesteps is None:
         scheduler.set_timesteps(steps, device="cpu")
     elif "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:

@@ -317,7 +317,8 @@ def test_scales_that_do_not_fit(refused, run, tmp_path):
 
 def test_more_conditions_than_there_are(refused, run, tmp_path):
     said = refused("compare", run, "--out", tmp_path / "out", "--conditions", "100")
-    assert "there are 40 validation pictures" in said and not (tmp_path / "out").exists()
+    assert "needs 100 conditions (num_conditions) and 20 other pictures" in said and "the data hold out 40" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_prior_that_is_no_candidate(refused, run, tmp_path):

@@ -1,8 +1,10 @@
 """Many candidates on the same noise and the same conditions: their pictures and what each costs."""
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +13,8 @@ from .guidance import Arm, Guidance
 from .loop import Sampler, trajectories
 from .model import Condition, DiffusionModel
 from .planning import evaluations
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,22 @@ def compare(
             done[key].append(model.decode(latent).float().cpu())
     pictures = {key: torch.cat(parts) for key, parts in done.items()}
     return {arm: pictures[key] for arm, key in same.items()}
+
+
+def within_memory(run: Callable[[int], _T], batch_size: int) -> tuple[_T, int]:
+    """run(batch_size) and the batch size; where memory runs out, again with half of it. MemoryError at one."""
+    while True:
+        try:
+            return run(batch_size), batch_size
+        except torch.OutOfMemoryError as error:
+            reason = str(error).split(". ")[0]
+        # Past the except clause nothing holds the call's tensors any more.
+        if batch_size == 1:
+            raise MemoryError(f"comparing one condition at a time ran out of memory, fewer scales may fit: {reason}")
+        batch_size //= 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        warnings.warn(f"comparing ran out of memory and goes on with a batch_size of {batch_size}", stacklevel=2)
 
 
 def cost(

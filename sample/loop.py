@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .guidance import Guidance, Prior, combine, rungs
 from .model import Condition, DiffusionModel
-from .noise import Prediction, convert, like
+from .noise import Prediction, convert, like, rescaled
 from .planning import Call, device_and_dtype, evaluate, plan
 from .seeds import GivenNoise, SeededNoise
 from .timesteps import set_timesteps
@@ -85,6 +85,8 @@ def check_scheduler(model: DiffusionModel, scheduler: Any) -> None:
         )
     if table is None or own is None:
         return
+    if getattr(model.path, "scale", None) is not None and name not in ("DDIMScheduler", "DDPMScheduler"):
+        raise ValueError(f"{name} cannot follow a path that scales the data; use ddim or ddpm")
     if scheduler.config.prediction_type == "flow_prediction":
         raise ValueError(f"{name} takes flow_prediction on a flow alone; choose v_prediction, and the loop converts")
     # UniPC and its kin replace an alpha-bar of exactly 0 by 2**-24.
@@ -111,6 +113,7 @@ def trajectories(
     eta: float = 0.0,
     max_batch: int | None = None,
     on_step: Callable[[int, int], None] | None = None,
+    on_guided: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """x_0 (G, B, *shape) of G candidates from the same noise and conditions, advancing together.
 
@@ -118,7 +121,8 @@ def trajectories(
     scheduler: from `make_scheduler`, left as it was. steps, or timesteps where the scheduler takes them.
     noise: (B, *shape) initial noise, and step_noise: (steps, B, *shape), each in place of the seeds' own.
     eta: DDIM's (arXiv 2010.02502, eq. 16). max_batch: the most rows that one network call gets.
-    on_step: called with (step, number of steps) after each; what it raises ends the sampling.
+    on_step: called with (step, number of steps) after each; what it raises ends the sampling. on_guided: called with
+    (candidate, guided prediction, most conditioned prediction), each (B, *shape), at each step.
     """
     check_scheduler(model, scheduler)
     for guidance in guidances:
@@ -162,11 +166,16 @@ def trajectories(
                 guiders[g].set_state(step=i, num_inference_steps=total, timestep=t)
             ladder = [predictions[g, k] for k in rungs(scales[g])[0]]
             guided.append(combine(guidance, ladder, rungs(scales[g])[1], guiders[g]))
+            if on_guided is not None:
+                on_guided(g, guided[-1], ladder[-1])
         out = torch.cat(guided)
         wanted: Prediction = getattr(scheduler.config, "prediction_type", "flow_prediction")
         if wanted != model.prediction:
             alpha, sigma = (like(c, out) for c in model.path.coefficients(times.repeat(count)))
             out = convert(out, x_t, model.prediction, wanted, alpha, sigma)
+        if getattr(model.path, "scale", None) is not None:  # then the scheduler's x is x_t, see `check_scheduler`
+            following = float(scheduler.timesteps[i + 1]) if i + 1 < total else None
+            out, x = rescaled(model.path, wanted, out, x_t, times.repeat(count), following)  # type: ignore[arg-type]
         if _learned(scheduler):  # the most conditioned rung's; the scheduler takes it as further channels
             top = len(model.ladder)
             out = torch.cat([out, torch.cat([variances[g, top] for g in range(count)])], 1)
@@ -203,7 +212,18 @@ def sample(
         model,
         condition,
         seeds,
-        [Guidance(tuple(scales), prior, interval, rescale, guider, guider_options or {}, channels, mix)],
+        [
+            Guidance(
+                tuple(scales) if isinstance(scales, Sequence) else scales,
+                prior,
+                interval,
+                rescale,
+                guider,
+                guider_options or {},
+                channels,
+                mix,
+            )
+        ],
         scheduler=scheduler,
         steps=steps,
         timesteps=timesteps,
@@ -219,6 +239,8 @@ def _step_options(scheduler: Any, eta: float) -> dict[str, Any]:
         if eta:
             raise ValueError(f"{type(scheduler).__name__} has no eta; use DDIM, or leave eta at 0")
         return {}
+    if eta == 1 and scheduler.alphas_cumprod[-1] == 0:
+        eta = 1 - 1e-6  # from an SNR of 0 all of x_t would be new: the root of that rest is of less than 0 once rounded
     # Where x_0 is clipped, eps must be what then remains of x_t; else guidance pushes eps where x_0 may not go.
     clipped = bool(scheduler.config.clip_sample or scheduler.config.thresholding)
     return {"eta": eta, "use_clipped_model_output": clipped}

@@ -2,6 +2,8 @@
 
 A path is x_t = alpha(t) x_0 + sigma(t) eps. Every network predicts a x_0 + b eps, with (a, b) from `weights`;
 the same pair is the training target. Times are in the units that the network is given (0 to 1000 as a rule).
+
+A path may scale the data: then z_0 = s(t) x_0 stands in the place of x_0 in all of this, and `data_scale` gives s.
 """
 
 import math
@@ -92,17 +94,33 @@ class DiscretePath:
     included, exact at whole t, and invertible, so that another network's noise level is met at a continuous t.
     """
 
-    def __init__(self, alphas_cumprod: Sequence[float] | Tensor, **scheduler_config: Any):
+    def __init__(
+        self,
+        alphas_cumprod: Sequence[float] | Tensor,
+        scale: Sequence[float] | Tensor | None = None,
+        ends_scaled: bool = False,
+        **scheduler_config: Any,
+    ):
         """`alphas_cumprod`: (T,), falling, in [0, 1]. ValueError otherwise. `scheduler_config`: the same table in a
-        diffusers scheduler's words, where it has a name there."""
+        diffusers scheduler's words, where it has a name there.
+
+        scale: (T,), above 0 and never rising, what the data are multiplied by; None is 1. Its log-SNR is that of x_0.
+        ends_scaled: a sampler's last step leaves the data as they are scaled at its last time, in place of at t = 0.
+        """
         table = torch.as_tensor(alphas_cumprod, dtype=torch.float64).detach().cpu()
         if table.ndim != 1 or len(table) < 2:
             raise ValueError(f"alphas_cumprod must have shape (T,) with T >= 2, got {tuple(table.shape)}")
         if not ((table.diff() < 0).all() and table[-1] >= 0 and table[0] <= 1):
             raise ValueError("alphas_cumprod must fall from at most 1 to at least 0")
-        self.alphas_cumprod = table
+        self.alphas_cumprod, self.ends_scaled = table, ends_scaled
+        self.scale = None if scale is None else torch.as_tensor(scale, dtype=torch.float64)
+        if self.scale is not None and not (
+            self.scale.shape == table.shape and (self.scale > 0).all() and (self.scale.diff() <= 0).all()
+        ):
+            raise ValueError(f"scale must have shape ({len(table)},), be above 0 and never rise")
         self._config = scheduler_config
-        self._angles = {"cpu": torch.atan2((1 - table).sqrt(), table.sqrt())}
+        signal = table.sqrt() if self.scale is None else table.sqrt() * self.scale
+        self._angles = {"cpu": torch.atan2((1 - table).sqrt(), signal)}  # of x_0, whose SNR other paths are met at
 
     @classmethod
     def from_betas(cls, betas: Sequence[float] | Tensor, **scheduler_config: Any) -> "DiscretePath":
@@ -119,6 +137,23 @@ class DiscretePath:
         """Stable Diffusion's schedule: square roots of betas evenly spaced."""
         betas = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64) ** 2
         return cls.from_betas(betas, beta_schedule="scaled_linear", beta_start=beta_start, beta_end=beta_end)
+
+    def scaling(
+        self, least: float = 1.0, over: int = 400, zero_terminal_snr: bool = False, ends_scaled: bool = False
+    ) -> "DiscretePath":
+        """This path with data scaled from 1 down to `least` along the first `over` steps, as VideoCrafter has it.
+
+        zero_terminal_snr: its sqrt(alpha-bar) shifted and scaled to end at 0 (Lin et al. 2023, arXiv 2305.08891,
+        alg. 1). ends_scaled: see the constructor.
+        """
+        table, config = self.alphas_cumprod, self._config
+        if zero_terminal_snr:
+            root = table.sqrt()
+            table = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+            config = {**config, "rescale_betas_zero_snr": True}
+        scale = torch.full_like(table, least)
+        scale[:over] = torch.linspace(1, least, over, dtype=torch.float64)
+        return DiscretePath(table, None if least == 1 else scale, ends_scaled, **config)
 
     @classmethod
     def cosine(cls, steps: int = 1000) -> "DiscretePath":
@@ -138,6 +173,7 @@ class DiscretePath:
             isinstance(other, DiscretePath)
             and len(self) == len(other)
             and torch.allclose(self.alphas_cumprod, other.alphas_cumprod, rtol=1e-6, atol=1e-9)
+            and torch.allclose(self._angles["cpu"], other._angles["cpu"], rtol=1e-6, atol=1e-9)
         )
 
     def __hash__(self) -> int:
@@ -154,7 +190,18 @@ class DiscretePath:
         t = t.to(angles.dtype).clamp(0, len(self) - 1)
         below = t.long().clamp(max=len(self) - 2)
         angle = torch.lerp(angles[below], angles[below + 1], t - below)
+        if self.scale is not None:
+            angle = torch.atan2(self.scale_at(t) * angle.sin(), angle.cos())
         return angle.cos(), angle.sin()
+
+    def scale_at(self, t: Tensor) -> Tensor:
+        """s(t), what the data are multiplied by: 1 where no `scale` was given."""
+        t = t.to(self._angle(t.device).dtype)
+        if self.scale is None:
+            return torch.ones_like(t)
+        scale = self.scale.to(t)
+        below = t.long().clamp(0, len(self) - 2)
+        return torch.lerp(scale[below], scale[below + 1], (t - below).clamp(0, 1))
 
     def time(self, log_snr: Tensor) -> Tensor:
         angles = self._angle(log_snr.device)
@@ -164,8 +211,8 @@ class DiscretePath:
         return above - 1 + (angle - low) / (high - low)
 
     def log_snr_range(self) -> tuple[float, float]:
-        alpha, sigma = self.coefficients(torch.tensor([len(self) - 1.0, 0.0]))
-        return tuple(log_snr(alpha, sigma).tolist())  # type: ignore[return-value]
+        angles = self._angle(torch.device("cpu"))[[-1, 0]]
+        return tuple((-2 * angles.tan().log()).tolist())  # type: ignore[return-value]
 
     def draw(self, u: Tensor) -> Tensor:
         return (u * len(self)).long().clamp(max=len(self) - 1)
@@ -205,6 +252,30 @@ class FlowPath:
 
     def scheduler_config(self) -> dict[str, Any]:
         return {"num_train_timesteps": self.steps}
+
+
+def data_scale(path: Path, t: Tensor) -> Tensor:
+    """s(t) (B,) of a path that scales the data, z_0 = s(t) x_0: 1 for any other."""
+    return path.scale_at(t) if isinstance(path, DiscretePath) else torch.ones_like(t)
+
+
+def data_coefficients(path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
+    """What x_0 itself and eps are multiplied by in x_t, each (B,): alpha(t) s(t), sigma(t)."""
+    alpha, sigma = path.coefficients(t)
+    return alpha * data_scale(path, t).to(alpha), sigma
+
+
+def rescaled(
+    path: DiscretePath, prediction: Prediction, out: Tensor, x_t: Tensor, t: Tensor, following: float | None
+) -> tuple[Tensor, Tensor]:
+    """The prediction and x_t at t (B,) with z_0 scaled as it will be at the time `following`, None after the last step:
+    a sampler that is given these steps to its next time with the data in that time's scale."""
+    alpha, sigma = (like(c, out) for c in path.coefficients(t))
+    z_0, eps = split(prediction, out, x_t, alpha, sigma)
+    after = t if following is None and path.ends_scaled else torch.full_like(t, following or 0.0)
+    z_0 = like(path.scale_at(after) / path.scale_at(t), out) * z_0
+    a, b = weights(prediction, alpha, sigma)
+    return a * z_0 + b * eps, alpha * z_0 + sigma * eps
 
 
 def log_snr(alpha: Tensor, sigma: Tensor) -> Tensor:

@@ -26,7 +26,12 @@ def add_adapter(network: nn.Module, lora: Lora, in_full: Sequence[str]) -> None:
         raise ValueError(f"rank must be at least 1, got {lora.rank}")
     network.requires_grad_(False)
     alpha = lora.rank if lora.lora_alpha is None else lora.lora_alpha
-    config = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=list(lora.target_modules))  # type: ignore[arg-type]
+    ends = tuple(f".{name}" for name in lora.target_modules)
+    # What is trained in full has no adapter besides.
+    places = [n for n, _ in network.named_modules() if f".{n}".endswith(ends) and not n.startswith(tuple(in_full))]
+    if not places:
+        raise ValueError(f"the network has no layers called {', '.join(lora.target_modules)}, to be adapted")
+    config = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=places)  # type: ignore[arg-type]
     inject_adapter_in_model(config, network, "default")
     for start in in_full:
         found = [p for name, p in network.named_parameters() if name.startswith(start)]

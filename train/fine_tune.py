@@ -9,10 +9,23 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from ..sample.checkpoint import read_checkpoint
 from ..sample.model import Condition, DiffusionModel
-from ..sample.noise import DiscretePath, add_noise, like, weights
+from ..sample.noise import DiscretePath, add_noise, data_scale, like, weights
 from .adapters import Lora, add_adapter, merged
-from .objective import Density, Drop, check_table, draw_uniform, drop, min_snr_weight, variational_bound
+from .bad_steps import check_loss, check_network, leave_out_if_bad
+from .objective import (
+    Density,
+    Drop,
+    check_table,
+    draw_uniform,
+    drop,
+    min_snr_weight,
+    random_state,
+    set_random_state,
+    variational_bound,
+)
+from .sharding import local, shard
 
 
 class FineTune(L.LightningModule):
@@ -33,6 +46,10 @@ class FineTune(L.LightningModule):
         density: of the training times: uniform on the path, logit_normal or mode.
         ema_decay: of the averaged network that validation, comparison and export use; 0 keeps none.
         lora: trains a low-rank adapter, and in full only what the base does not have, in place of the whole network.
+        gradient_checkpointing: recomputes activations in the backward pass: less memory, more time.
+        max_bad_steps: how many steps whose gradient is not finite may be left out over the run, each written to the
+            run's bad_steps.jsonl; every step then waits for the device once. At 0, the loss is looked at where it is
+            logged, and ends the run.
     """
 
     def __init__(
@@ -51,6 +68,8 @@ class FineTune(L.LightningModule):
         density: Density = "uniform",
         ema_decay: float = 0.9999,
         lora: Lora | None = None,
+        gradient_checkpointing: bool = False,
+        max_bad_steps: int = 0,
     ):
         super().__init__()
         self.table = list(drop or [])
@@ -67,6 +86,12 @@ class FineTune(L.LightningModule):
         self.lora = lora
         frozen = {id(p): p for p in model.network.parameters() if not p.requires_grad}  # which the average shares
         self.average = copy.deepcopy(model.network, frozen).requires_grad_(False) if ema_decay else None
+        if gradient_checkpointing:
+            if not getattr(model.network, "_supports_gradient_checkpointing", False):
+                raise ValueError(f"{type(model.network).__name__} has no gradient checkpointing: leave it off")
+            model.network.enable_gradient_checkpointing()  # type: ignore[operator]
+        self.max_bad_steps, self.bad_steps = max_bad_steps, 0
+        self.random: dict[str, Tensor] | None = None  # this process's generators, as the last training step left them
         self.learning_rate, self.lr_multipliers = learning_rate, lr_multipliers or {}
         self.weight_decay, self.betas, self.use_8bit_adam = weight_decay, betas, use_8bit_adam
         self.lr_scheduler, self.lr_warmup_steps = lr_scheduler, lr_warmup_steps
@@ -88,6 +113,11 @@ class FineTune(L.LightningModule):
         if rows and classes > rows and "label" in self.model.ladder[-1]:
             raise ValueError(f"the data has {classes} classes, the model takes labels in [0, {rows})")
 
+    def configure_model(self) -> None:
+        """Under ModelParallelStrategy, shards the network and its average over all processes."""
+        if self.device_mesh is not None:
+            shard([network for network in (self.model.network, self.average) if network], self.device_mesh)
+
     # --- the objective
 
     def loss(self, x_0: Tensor, condition: Condition, eps: Tensor, t: Tensor) -> Tensor:
@@ -95,6 +125,7 @@ class FineTune(L.LightningModule):
         with a learned variance, plus the variational bound."""
         alpha, sigma = self.model.path.coefficients(t)
         a, b = weights(self.model.prediction, alpha, sigma)
+        x_0 = like(data_scale(self.model.path, t), x_0) * x_0
         target = like(a, x_0) * x_0 + like(b, x_0) * eps
         x_t = add_noise(x_0, eps, alpha, sigma)
         out, v = self.model.denoise_with_variance(x_t, t, condition)
@@ -108,6 +139,9 @@ class FineTune(L.LightningModule):
         return error + self.vb_weight * bound
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """Draws on from where the last step left the generators, whatever was drawn in between."""
+        if self.random is not None:  # as it is outside a trainer
+            set_random_state(self.random, self.device)
         with torch.no_grad():
             x_0, condition = self.model.encode(batch)
             if self.table:
@@ -115,7 +149,8 @@ class FineTune(L.LightningModule):
                 condition = drop(condition, self.model.null(condition), self.table, u)
         t = self.model.path.draw(draw_uniform(self.density, len(x_0), x_0.device))
         loss = self.loss(x_0, condition, torch.randn_like(x_0), t).mean()
-        self.log("train/loss", loss, prog_bar=True)
+        self.random = random_state(self.device)
+        self.log("train/loss", loss, prog_bar=True)  # of this process's micro-batch: no step waits for the others
         return loss
 
     # --- validation: the same held-out noise every time, for the condition and for its null
@@ -143,9 +178,12 @@ class FineTune(L.LightningModule):
     # --- the average of the trained network
 
     def on_train_start(self) -> None:
-        # One seed on all ranks would give them the same noise, times and drops.
-        if self.trainer.world_size > 1:
-            torch.manual_seed(torch.initial_seed() + self.global_rank)
+        if self.random is None:
+            # One seed on all processes would give them the same noise, times and drops; and processes that the
+            # checkpoint has no generators for must not begin as at step 0.
+            if self.trainer.world_size > 1 or self.global_step:
+                torch.manual_seed(torch.initial_seed() + self.global_rank + self.global_step)
+            self.random = random_state(self.device)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Each step of the optimiser also moves the average, so that callbacks and checkpoints find it moved."""
@@ -156,23 +194,19 @@ class FineTune(L.LightningModule):
         decay = min(self.ema_decay, (1 + step) / (10 + step))
         with torch.no_grad():
             both = zip(self.average.parameters(), self.model.network.parameters(), strict=True)
-            mean, live = zip(*((mean, live.detach()) for mean, live in both if live.requires_grad), strict=True)
+            mean, live = zip(*((local(mean), local(live)) for mean, live in both if live.requires_grad), strict=True)
             torch._foreach_lerp_(mean, live, 1 - decay)
             for own, buffer in zip(self.average.buffers(), self.model.network.buffers(), strict=True):
                 own.copy_(buffer)
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.max_bad_steps and self.trainer.precision != "16-mixed":  # whose scaler leaves bad steps out itself
+            self.bad_steps += leave_out_if_bad(self, optimizer, self.max_bad_steps - self.bad_steps)
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and batch_idx % every == 0:  # the loss is read from the device then anyway, to be logged
-            self._check_finite("loss", outputs["loss"])
-
-    def _check_finite(self, name: str, *tensors: Tensor) -> None:
-        """ValueError where training has gone wrong."""
-        if not all(torch.isfinite(tensor).all() for tensor in tensors):
-            raise ValueError(
-                f"the {name} is no longer finite at step {self.global_step}: lower the learning rate, clip gradients "
-                "(trainer.gradient_clip_val), or train in 32 bits"
-            )
+        if not self.max_bad_steps and every and batch_idx % every == 0:  # the loss is read then anyway, to be logged
+            check_loss(self, outputs["loss"], batch_idx)
 
     @contextmanager
     def averaged(self) -> Iterator[DiffusionModel]:
@@ -226,9 +260,13 @@ class FineTune(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._check_finite("network", *(p for p in self.model.network.parameters() if p.is_floating_point()))
+        check_network(self, self.model.network)
         kept = self._kept()
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
+        checkpoint["bad_steps"] = self.bad_steps
+        if self.random is not None:  # (processes, bytes) each
+            states: Any = self.all_gather({name: state.to(self.device) for name, state in self.random.items()})
+            checkpoint["random"] = {name: state.reshape(-1, state.shape[-1]).cpu() for name, state in states.items()}
 
     def _kept(self) -> set[str]:
         """What checkpoints hold: the network and its average; with an adapter, what is trained of them."""
@@ -239,8 +277,14 @@ class FineTune(L.LightningModule):
         return {f"{place}.{name}" for place in places for name in names}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "state_dict" not in checkpoint:  # ModelParallelStrategy has taken it, and asks for no names
+            checkpoint = read_checkpoint(str(self.trainer.ckpt_path)) | checkpoint
         found, wanted = checkpoint["state_dict"].keys(), self._kept()
         if missing := sorted(wanted - found):
             raise ValueError(f"the checkpoint lacks {len(missing)} of the network's tensors, {missing[0]} for one")
         if extra := sorted(found - wanted):
             raise ValueError(f"the checkpoint holds {len(extra)} tensors that the model has not, {extra[0]} for one")
+        self.bad_steps = checkpoint.get("bad_steps", 0)
+        states = checkpoint.get("random", {"cpu": ()})
+        if self.global_rank < len(states["cpu"]):
+            self.random = {name: state[self.global_rank].clone() for name, state in states.items()}

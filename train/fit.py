@@ -1,6 +1,7 @@
 """`priorguide fit`: LightningCLI over FineTune and any data module."""
 
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -14,16 +15,26 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from ..callbacks.comparison import PriorComparison
+from ..callbacks.preemption import Preemption
 from ..callbacks.records import write_whole
 from ..callbacks.wandb_run import start
 from ..sample.checkpoint import read_checkpoint
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, newest_whole
 from .errors import UsageError, innermost, sentence
 from .fine_tune import FineTune
 
+LESS_MEMORY = (
+    "lower data.init_args.train_batch_size and raise trainer.accumulate_grad_batches by as much, set "
+    "model.gradient_checkpointing to true or trainer.precision to bf16-mixed, or add --config configs/lora.yaml or "
+    "configs/fsdp.yaml"
+)
+
 
 class FitParser(LightningArgumentParser):
-    """The parser that names the key at fault in one sentence, without pages of usage."""
+    """The parser that names the key at fault in one sentence, without pages of usage, and completes no half key."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UsageError(sentence(message, ex)) from ex
@@ -38,6 +49,22 @@ class SaveConfig(SaveConfigCallback):
         if trainer.is_global_zero:
             config = self.parser.dump(self.config, skip_none=False)
             write_whole(File(trainer.default_root_dir) / "config.yaml", config)
+            say_effective_batch(trainer)
+
+
+def say_effective_batch(trainer: L.Trainer) -> None:
+    """Prints and logs how many samples make a step of the optimiser."""
+    size = getattr(trainer.train_dataloader, "batch_size", None)
+    if size is None:
+        return
+    accumulated, processes = trainer.accumulate_grad_batches, trainer.world_size
+    print(
+        f"effective batch: {size * accumulated * processes} = {size} (train_batch_size) x {accumulated} "
+        f"(accumulate_grad_batches) x {processes} (processes); train/loss is that of one process's last {size}, "
+        "val/loss the mean over all"
+    )
+    for logger in trainer.loggers:
+        logger.log_hyperparams({"effective_batch": size * accumulated * processes})
 
 
 class FitCLI(LightningCLI):
@@ -54,6 +81,10 @@ class FitCLI(LightningCLI):
         parser.link_arguments(
             "trainer.default_root_dir", "checkpoint.dirpath", compute_fn=lambda root: f"{root}/checkpoints"
         )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        with _no_argv():
+            super().parse_arguments(parser, args)
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand] if self.subcommand else self.config
@@ -72,7 +103,15 @@ class FitCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Lightning would read hyperparameters from the checkpoint here; ours has none, the config has them all."""
 
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.callbacks.insert(0, Preemption())  # type: ignore[attr-defined]
+        return trainer
+
     def before_fit(self) -> None:
+        if self.config_init[self.subcommand].ckpt_path == "last":
+            newest = newest_whole(self.trainer.default_root_dir)
+            self.config_init[self.subcommand].ckpt_path = newest and str(newest)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, PriorComparison):
                 callback.check(self.model.model)
@@ -87,7 +126,8 @@ def _loggers(config: Any) -> list[Any]:
 
 @contextmanager
 def _no_argv() -> Iterator[None]:
-    """LightningCLI warns of arguments both given and on the command line, which ours parsed first."""
+    """LightningCLI warns of arguments both given and on the command line, which ours parsed first. No longer than that:
+    Lightning starts further processes by this very command line."""
     argv, sys.argv = sys.argv, sys.argv[:1]
     try:
         yield
@@ -99,19 +139,18 @@ def build(args: list[str] | dict[str, Any], run: bool) -> FitCLI:
     """The CLI object on these arguments, or on a whole config; `run`: fit at once."""
     quiet()
     try:
-        with _no_argv():
-            return FitCLI(
-                FineTune,
-                L.LightningDataModule,
-                save_config_callback=SaveConfig,
-                subclass_mode_data=True,
-                seed_everything_default=0,
-                auto_configure_optimizers=False,
-                parser_class=FitParser,
-                parser_kwargs={"prog": "priorguide", "description": "Fine-tunes a conditional diffusion model."},
-                args=["fit", *args] if run else args,
-                run=run,
-            )
+        return FitCLI(
+            FineTune,
+            L.LightningDataModule,
+            save_config_callback=SaveConfig,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_class=FitParser,
+            parser_kwargs={"prog": "priorguide", "description": "Fine-tunes a conditional diffusion model."},
+            args=["fit", *args] if run else args,
+            run=run,
+        )
     except Exception as error:
         if (inner := innermost(error)) is error:
             raise
@@ -124,6 +163,15 @@ def fit(args: list[str]) -> FitCLI:
         return build(args, run=True)
     except UsageError as error:
         raise UsageError(f"{error} (`priorguide fit --options` lists every key)") from error
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(f"out of memory: {LESS_MEMORY} ({str(error).split('. ')[0]})") from error
+    except RuntimeError as error:
+        if not re.search(r"closed by peer|reset by peer|Broken pipe|NCCL|process group", str(error)):
+            raise
+        raise ConnectionError(
+            f"another process of this run has died, and says why itself; `--ckpt_path last` goes on from the last "
+            f"checkpoint ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def last_checkpoint(folder: str | File) -> File:

@@ -61,6 +61,21 @@ def draw_uniform(density: Density, batch: int, device: torch.device) -> Tensor:
     )
 
 
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of torch's global generators on the CPU and the device, all that training draws from, as bytes."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        state[device.type] = torch.get_device_module(device.type).get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Takes back a `random_state`, as far as it is of devices that are here."""
+    torch.set_rng_state(state["cpu"])
+    if device.type in state and device.type != "cpu":
+        torch.get_device_module(device.type).set_rng_state(state[device.type])
+
+
 def min_snr_weight(prediction: Prediction, alpha: Tensor, sigma: Tensor, gamma: float) -> Tensor:
     """The weight (B,) that makes a prediction's squared error min(SNR, gamma) times that of x_0.
 

@@ -1,6 +1,7 @@
 """`priorguide sample` and `priorguide verify`: inference alone, with neither lightning nor wandb."""
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path as File
 
@@ -12,7 +13,7 @@ from ..sample.bundle import Bundle
 from ..sample.evaluate import to_device
 from ..sample.manifest import new_folder
 from ..sample.model import Condition, DiffusionModel
-from ..sample.pictures import to_pil
+from ..sample.pictures import FPS, gif, to_pil, write_clip
 from .cli import parse_scales
 from .errors import UsageError
 
@@ -37,18 +38,29 @@ def sample(args: argparse.Namespace) -> int:
         recorded = bundle.recorded()
         condition, seeds = recorded.condition, list(recorded.seeds)
     else:
-        condition, seeds = crossed(read_condition(bundle.model, args.condition), given)
+        classes = (bundle.manifest["provenance"] or {}).get("class_names", ())
+        condition, seeds = crossed(read_condition(bundle.model, args.condition, classes), given)
     pixels = bundle.sample(condition, seeds, scales=scales[0] if scales else None, steps=args.steps)
     with new_folder(out) as folder:
-        write_pictures(folder, pixels, seeds, len(seeds) if args.recorded else len(given))
+        write_pictures(folder, pixels, seeds, len(seeds) if args.recorded else len(given), condition.get("fps"))
+        asked = {name: getattr(args, name) for name in ("condition", "recorded", "scale", "steps")}
+        (folder / "asked.json").write_text(json.dumps({**asked, "seeds": seeds}, indent=1))
     print(f"{len(seeds)} pictures in {out}")
     return 0
 
 
-def read_condition(model: DiffusionModel, given: Sequence[str]) -> Condition:
-    """The encoded rows that `name=value` pairs describe. UsageError for what the model cannot take."""
+def read_condition(model: DiffusionModel, given: Sequence[str], class_names: Sequence[str] = ()) -> Condition:
+    """The encoded rows that `name=value` pairs describe; a label may be given by its class's name. UsageError for what
+    the model cannot take."""
+    values = [pair.partition("=")[::2] for pair in given]
+    if len(named := dict(values)) < len(values):
+        raise UsageError(f"each condition is given once, got {', '.join(given)}")
+    if named.get("label") in class_names:
+        named["label"] = str(class_names.index(named["label"]))
+    elif class_names and "label" in named and not named["label"].isdigit():
+        raise UsageError(f"label must be a class's number or name ({', '.join(class_names)}), got {named['label']!r}")
     try:
-        batch = model.read_condition(**dict(pair.partition("=")[::2] for pair in given))
+        batch = model.read_condition(**named)
         with torch.no_grad():
             return model.encode_condition(to_device(batch, next(model.network.parameters()).device))
     except ValueError as error:
@@ -62,11 +74,22 @@ def crossed(condition: Condition, seeds: Sequence[int]) -> tuple[Condition, list
     return parts, [seed for seed in seeds for _ in range(rows)]
 
 
-def write_pictures(folder: File, pixels: Tensor, seeds: Sequence[int], lines: int) -> None:
-    """PNG files, a grid of `lines` lines, and an animation of each line where it has several pictures."""
+def write_pictures(folder: File, pixels: Tensor, seeds: Sequence[int], lines: int, fps: Tensor | None = None) -> None:
+    """Pictures (N, C, H, W) as PNG files, a grid of `lines` lines, and an animation of each line where it has several.
+
+    Clips (N, C, F, H, W) as GIF files and, with PyAV, MP4 files, at `fps` (N,) or FPS, and the same grid as a GIF.
+    """
+    across = len(pixels) // lines
+    if pixels.ndim == 5:
+        rates = [FPS] * len(pixels) if fps is None else fps.tolist()
+        for number, (seed, clip, rate) in enumerate(zip(seeds, pixels, rates, strict=True)):
+            write_clip(folder / f"{number:04d}-seed-{seed}", clip, rate)
+        if across > 1:
+            frames = [grid(frame.unflatten(0, (lines, across)), zoom=1) for frame in pixels.unbind(2)]
+            (folder / "grid.gif").write_bytes(gif(frames, rates[0]))
+        return
     for number, (seed, picture) in enumerate(zip(seeds, pixels, strict=True)):
         to_pil(picture).save(folder / f"{number:04d}-seed-{seed}.png")
-    across = len(pixels) // lines
     if across > 1:
         grid(pixels.unflatten(0, (lines, across)), zoom=1).save(folder / "grid.png")
         for line, row in enumerate(pixels.split(across)):
@@ -90,6 +113,24 @@ def verify(args: argparse.Namespace) -> int:
         print(f"replayed {len(replay.pictures)} recorded pictures: {difference} ({changes})")
         return 0
     raise ValueError(f"the recorded pictures are not reproduced: {difference} ({changes or 'same environment'})")
+
+
+def push(args: argparse.Namespace) -> int:
+    """Uploads a bundle with its card; --dry-run prints the card, and what would be uploaded."""
+    from ..sample.push import contents
+    from ..sample.push import push as upload
+
+    folder = File(args.bundle)
+    if not args.dry_run:
+        print(upload(folder, args.repository, private=not args.public, restricted=args.restricted))
+        return 0
+    files = contents(folder, args.repository, restricted=args.restricted)
+    card = files["README.md"]
+    assert isinstance(card, bytes)
+    print(card.decode())
+    for name, file in files.items():
+        print(f"{file.stat().st_size if isinstance(file, File) else len(file):>14,} bytes  {name}")
+    return 0
 
 
 def parse_seeds(text: str) -> list[int]:

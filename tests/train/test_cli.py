@@ -19,8 +19,8 @@ from runs import write_idx
 
 from priorguide.sample.bundle import Bundle
 from priorguide.train.cli import main, parse_scales
-from priorguide.train.errors import innermost, sentence
-from priorguide.train.sampling import parse_seeds
+from priorguide.train.errors import UsageError, innermost, sentence
+from priorguide.train.sampling import parse_seeds, read_condition
 
 COMMANDS = ("quickstart", "fit", "compare", "export", "sample", "verify", "doctor")
 TRAINING_ONLY = ("lightning", "pytorch_lightning", "wandb", "datasets", "jsonargparse", "torchmetrics", "bitsandbytes")
@@ -360,6 +360,7 @@ def test_conditions_that_cannot_be(refused, run, tmp_path):
     assert "scales must look like" in said("--condition", f"image={good}", "--scale", "x")
     assert "takes one scale per rung, such as 3" in said("--condition", f"image={good}", "--scale", "1,2")
     assert "leave --condition and --seeds out" in said("--recorded", "--seeds", "0:2")
+    assert "each condition is given once" in said(*["--condition", f"image={good}"] * 2)
     assert not (tmp_path / "out").exists()
 
 
@@ -368,7 +369,7 @@ def test_conditions_of_ones_own(run, tmp_path):
     Image.new("L", (16, 16)).save(picture := tmp_path / "edges.png")
     given = ["--condition", f"image={picture}", "--seeds", "0:2"]
     assert main(["sample", str(run / "bundle"), "--out", str(out := tmp_path / "samples"), *given]) == 0
-    assert sorted(path.name for path in out.iterdir()) == ["0000-seed-0.png", "0001-seed-1.png"]
+    assert sorted(path.name for path in out.iterdir()) == ["0000-seed-0.png", "0001-seed-1.png", "asked.json"]
     where = ["--out", str(out := tmp_path / "compared")]
     assert main(["compare", str(run), "--scales", "1,2", *given, *where]) == 0
     folders = {path.name for path in out.iterdir() if path.is_dir()}
@@ -376,6 +377,14 @@ def test_conditions_of_ones_own(run, tmp_path):
     drawn = {name: (out / name / "0001-seed-1.png").read_bytes() for name in folders}
     assert drawn["self-1"] == drawn["base-1"] and drawn["self-2"] != drawn["base-2"]
     assert Image.open(out / "panel.png").width > 4 * 96
+
+
+def test_labels_by_their_classes_names():
+    model = pixel_model(image_channels=0)
+    assert read_condition(model, ["label=dress"], ("shirt", "dress", "bag"))["label"].tolist() == [1]
+    assert read_condition(model, ["label=2"], ("shirt", "dress", "bag"))["label"].tolist() == [2]
+    with pytest.raises(UsageError, match=r"number or name \(shirt, dress, bag\), got 'hat'"):
+        read_condition(model, ["label=hat"], ("shirt", "dress", "bag"))
 
 
 def test_labels_of_a_bundle_that_cannot_be():
@@ -413,7 +422,7 @@ assert not set({TRAINING_ONLY}) & sys.modules.keys()
     assert done.returncode == 0, done.stderr
     assert "bit for bit the same" in done.stdout
     assert "needs lightning: pip install 'priorguide[train]'" in done.stderr
-    assert sorted(path.name for path in out.iterdir()) == ["0000-seed-3.png", "0001-seed-5.png"]
+    assert sorted(path.name for path in out.iterdir()) == ["0000-seed-3.png", "0001-seed-5.png", "asked.json"]
     with Image.open(out / "0000-seed-3.png") as sampled:
         assert sampled.size == (16, 16) and len(np.unique(sampled)) > 10
 

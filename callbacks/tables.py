@@ -70,15 +70,14 @@ def chosen(record: Record) -> list[Record]:
 
 
 def arm_name(record: Record, prior: str, scales: Sequence[float], *rest: Any) -> Html:
-    """The prior's marker in its colour, its name and its scale."""
+    """The prior's marker in its colour, its name, and its scale where one is given."""
     style = styles(record).get(prior, NEUTRAL)
     key = tag("svg", marker(style, 8, 8), viewBox="0 0 16 16", width=14, height=14, aria_hidden="true")
     return join(
         tag("span", key, class_=f"p{style % COLOURS}"),
         " ",
         prior,
-        ", γ\u00a0",
-        scale_text(scales).replace(" ", "\u00a0"),
+        f", γ\u00a0{scale_text(scales)}".replace(" ", "\u00a0").replace(",\u00a0γ", ", γ") if scales else None,
         *rest,
     )
 
@@ -107,7 +106,7 @@ def numbers(record: Record, rows: Sequence[Record], caption: str, whole: bool = 
 
     bodies: dict[str, list[Html]] = {}
     for row in rows:
-        badge = join(" ", tag("span", "deploy", class_="badge clear")) if is_winner(record, row) else None
+        badge = join(" ", tag("span", "verdict", class_="badge clear")) if is_winner(record, row) else None
         head = tag("th", arm_name(record, row["prior"], row["scales"], badge), scope="row")
         cells = [cell(row["metrics"], key) for key in keys] + [cost(row, name) for name in costs]
         bodies.setdefault(row["prior"] if whole else "", []).append(
@@ -194,7 +193,7 @@ def terminal_table(record: Record) -> Table:
     """The rows for a terminal of 100 columns, the pair to deploy marked with an arrow."""
     rows = in_order(record)
     decide_by = (record.get("verdict") or {}).get("decide_by")
-    wanted = dict.fromkeys(("fd", decide_by, "psnr", "accuracy", "coverage"))
+    wanted = dict.fromkeys(("fd", decide_by, "psnr", "accuracy", "coverage", "consistency", "dynamic_degree"))
     keys = [key for key in present(rows) if key in wanted]
     table = Table(title=record.get("title"), box=box.SIMPLE_HEAD, padding=0, pad_edge=False, title_justify="left")
     table.add_column("", width=1, no_wrap=True)

@@ -62,7 +62,7 @@ def arms(
     override: bool = False,
 ) -> dict[Arm, Guidance]:
     """Every candidate at every scale of its own grid, or of `scales` where it has none, or if `override`."""
-    found = {}
+    found: dict[Arm, Guidance] = {}
     for name, candidate in candidates.items():
         own = scales if override or candidate.scales is None else candidate.scales
         found |= {(name, at): candidate.guidance(at, bound[name]) for at in grid(own)}

@@ -15,7 +15,7 @@ from torch import Tensor
 from .distances import Estimate, mean
 from .guidance import Prior
 from .model import Condition, DiffusionModel
-from .noise import add_noise, convert, like, log_snr
+from .noise import add_noise, convert, data_scale, like, log_snr
 from .planning import device_and_dtype
 
 
@@ -67,7 +67,7 @@ def null_health(
             eps = torch.randn(clean.shape, generator=generator).to(device)
             t = time.expand(len(clean))
             alpha, sigma = model.path.coefficients(t)
-            x_t = add_noise(clean, eps, alpha, sigma)
+            x_t = add_noise(like(data_scale(model.path, t), clean) * clean, eps, alpha, sigma)
             rows = {name: part[start : start + batch_size] for name, part in condition.items()}
             own = _epsilon(Prior(model, model), x_t, t, rows)
             parts[""].append(_square(own - eps))
@@ -81,14 +81,14 @@ def null_health(
             gaps[name].append(torch.cat(far[name]).mean().sqrt().item())
     snr = log_snr(*model.path.coefficients(times)).tolist()
     own_loss = torch.stack(losses[""]).mean(0)  # (N,)
-    found = {}
+    health: dict[str, Health] = {}
     for name in bound:
         table = torch.stack(losses[name])  # (levels, N)
         difference = mean((table.mean(0) - own_loss).cpu())
         scale = own_loss.mean().item()
         excess = Estimate(difference.value / scale, difference.error / scale)
-        found[name] = Health(tuple(snr), tuple(table.mean(1).tolist()), tuple(gaps[name]), excess)
-    return found
+        health[name] = Health(tuple(snr), tuple(table.mean(1).tolist()), tuple(gaps[name]), excess)
+    return health
 
 
 def _epsilon(prior: Prior, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:

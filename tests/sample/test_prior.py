@@ -151,7 +151,7 @@ def test_binding_on_one_path_only_converts(kind):
 def test_beyond_its_range_a_prior_is_clamped_with_one_warning(onto, prediction, target):
     model = Mixture(path=onto, prediction=target)
     prior = Mixture(path=DiscretePath.scaled_linear(), prediction=prediction)
-    with pytest.warns(UserWarning, match=r"the prior \w+ knows log-SNR -5\.\d+ to 7\.\d+, the fine-tuned model .* nearest"):
+    with pytest.warns(UserWarning, match=r"prior \w+ knows log-SNR -5\.\d+ to 7\.\d+, the fine-tuned model .* nearest"):
         bound = unconditional(prior, onto=model)
     last = 1000.0 if isinstance(onto, FlowPath) else 999.0
     t = torch.tensor([last, last - 1, last - 5])  # alpha is 0, then below the prior's least

@@ -59,15 +59,17 @@ def curves(
     y_label: str,
     level: tuple[str, float] | None = None,
     x_ticks: Sequence[tuple[float, str]] = (),
+    band: float = 0.0,
 ) -> Html:
     """One chart. `name` is read to those who cannot see it; `level` is a labelled horizontal line; `x_ticks` replace
-    the round numbers. Points that are not finite are left out."""
+    the round numbers; `band`: how many standard errors an area about each line reaches up and down, in place of bars
+    of one. Points that are not finite are left out."""
     lines = [Line(s.style, tuple(p for p in s.points if math.isfinite(p.x + p.y)), s.dash) for s in lines]
     points = [point for line in lines for point in line.points]
     if not points:
         return Html("")
     x_low, x_high = _range([v for p in points for v in (p.x - p.x_error, p.x + p.x_error)])
-    y_values = [v for p in points for v in (p.y - p.y_error, p.y + p.y_error)]
+    y_values = [v for p in points for v in (p.y - (band or 1) * p.y_error, p.y + (band or 1) * p.y_error)]
     y_low, y_high = _range(y_values + ([level[1]] if level else []))
 
     def at(x: float, y: float) -> tuple[float, float]:
@@ -81,8 +83,10 @@ def curves(
         height = at(0, level[1])[1]
         parts.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=_f(height), y2=_f(height), class_="level"))
         parts.append(tag("text", level[0], x=WIDTH - RIGHT, y=_f(height - 5), text_anchor="end", class_="level-text"))
+    if band:
+        parts += [tag("g", _area(line, at, band), class_=f"p{line.style % COLOURS}") for line in lines if line.points]
     for line in lines:
-        parts.append(tag("g", *_draw(line, at), class_=f"p{line.style % COLOURS}"))
+        parts.append(tag("g", *_draw(line, at, not band), class_=f"p{line.style % COLOURS}"))
     parts += _labels(lines, at)
     return tag("svg", *parts, class_="chart", viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=name)
 
@@ -175,10 +179,19 @@ def _axes(at, x_range, y_range, x_ticks):
             free = x + half + 4
 
 
-def _draw(line, at):
+def _area(line, at, band):
+    """The line's band; of a single point, a bar as wide as its marker."""
+    ends = [[at(p.x, p.y + sign * band * p.y_error) for p in line.points] for sign in (1, -1)]
+    if len(line.points) == 1:
+        ends = [[(x - 5, y), (x + 5, y)] for ((x, y),) in ends]
+    outline = " ".join(f"{_f(x)},{_f(y)}" for x, y in (*ends[0], *reversed(ends[1])))
+    return tag("polygon", points=outline, class_="band")
+
+
+def _draw(line, at, bars):
     places = [at(p.x, p.y) for p in line.points]
     own = [point for point in line.points if not point.shared]
-    for point in own:
+    for point in own if bars else ():
         for low, high, across in (
             (at(point.x - point.x_error, point.y), at(point.x + point.x_error, point.y), True),
             (at(point.x, point.y - point.y_error), at(point.x, point.y + point.y_error), False),

@@ -21,6 +21,7 @@ from ..sample.health import Health, null_health
 from ..sample.loop import Sampler
 from ..sample.metrics import USUAL, check_metrics
 from ..sample.model import Condition, DiffusionModel
+from ..sample.saturation import Saturation, energies, saturation
 from ..sample.verdict import Rule
 from .preemption import stopping, together
 from .records import write_comparison
@@ -234,6 +235,20 @@ class PriorComparison(L.Callback):
                 x_0 = torch.cat([clean for clean, _ in encoded])
                 plain = {name: prior for name, prior in priors.items() if prior is None or not prior.keep}
                 return null_health(model, plain, x_0, condition, batch_size=self.batch_size)
+
+    def saturation(self, pl_module: L.LightningModule, data: Any, evaluation: Evaluation) -> dict[Arm, Saturation]:
+        """How far each arm of an evaluation goes, beside the real pictures of its conditions."""
+        n = len(next(iter(evaluation.pictures.values())))
+        few = min(n, 16)
+        with isolate_rng(), torch.no_grad(), pl_module.averaged() as model:  # type: ignore[operator]
+            every = self.candidates(model, list(dict.fromkeys(scales for _, scales in evaluation.pictures)))
+            candidates = {arm: every[arm] for arm in evaluation.pictures}
+            with self.on_device(pl_module.device):
+                condition = encode(model, to_device(data.held_out(few), pl_module.device), self.batch_size)
+                seeds = range(self.seed, self.seed + few)
+                energy = energies(model, condition, list(seeds), candidates, self.sampler)
+        real = data.held_out(n)["pixels"]
+        return {arm: saturation(images, real, energy[arm]) for arm, images in evaluation.pictures.items()}
 
     @contextmanager
     def on_device(self, device: torch.device) -> Iterator[None]:

@@ -82,5 +82,5 @@ def together(trainer: L.Trainer) -> Iterator[None]:
 def stopped(trainer: L.Trainer) -> Preempted:
     """The exception, with this process's exit status: 0 for those that Lightning started, since its launcher kills the
     first process when another one fails."""
-    ours = isinstance(trainer.strategy.cluster_environment, LightningEnvironment)  # type: ignore[attr-defined]
+    ours = isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
     return Preempted(0 if ours and trainer.local_rank else STATUS)

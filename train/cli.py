@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument("--KEY", metavar="VALUE", help="any key of the config, e.g. --trainer.max_steps 1000")
     fit.add_argument("--ckpt_path", metavar="PATH", help="go on from this checkpoint; `last` is the run's own last one")
     fit.add_argument("--print_config", action="store_true", help="print the whole config that would run, and stop")
+    fit.epilog = f"{EPILOG} Exit status: 75 after a SIGTERM, saved; the same command with --ckpt_path last goes on."
     fit.add_argument("--options", action="store_true", help="every key there is, and what it means (takes a while)")
 
     compare = add("compare", "compare priors over scales with a run's checkpoint, and decide")
@@ -44,6 +45,11 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--scales", default=None, help="e.g. 1,1.5,2,3 or, for longer ladders, 1.5:7.5,1.5:5")
     compare.add_argument("--conditions", type=int, default=None, help="how many held-out conditions")
     compare.add_argument("--out", default=None, help="a new folder (default: RUN/comparison)")
+    text = "add votes that the page saved to the comparison (in --out, or RUN/comparison); nothing is compared"
+    compare.add_argument("--votes", nargs="+", default=[], metavar="FILE", help=text)
+    text = "record the team's own choice beside the verdict, for export to use; takes --reason"
+    compare.add_argument("--override", default=None, metavar="PRIOR:SCALE", help=text)
+    compare.add_argument("--reason", default="", help="of the override")
     text = "a label, a prompt, or a picture's path; repeatable"
     given = {"action": "append", "default": [], "metavar": "NAME=VALUE", "help": text}
     compare.add_argument("--condition", **given)  # type: ignore[arg-type]
@@ -59,6 +65,8 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--prior", default=None, help="override the verdict: a candidate's name")
     export.add_argument("--scale", default=None, help="override the verdict: e.g. 3 or 1.5:7.5")
     export.add_argument("--restricted", action="store_true", help="embed a prior that not everybody may use")
+    text = "how another network is stored: float32, bfloat16, int8, nf4, or owner/name@revision on the Hub"
+    export.add_argument("--prior-as", default=None, metavar="HOW", help=text)
     export.add_argument("--out", default=None, help="a new folder (default: RUN/bundle)")
 
     about = "a module of yours that registers the bundle's model; repeatable"
@@ -80,6 +88,14 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--import", **own)  # type: ignore[arg-type]
     verify.add_argument("--hashes-only", action="store_true", help="leave the recorded batch unplayed")
 
+    push = add("push", "upload a bundle to the Hub, with a model card")
+    push.add_argument("bundle", help="the bundle's folder")
+    push.add_argument("repository", help="owner/name on the Hub; made if it is not there")
+    push.add_argument("--public", action="store_true", help="make a new repository public")
+    push.add_argument("--restricted", action="store_true", help="upload weights that not everybody may use")
+    push.add_argument("--dry-run", action="store_true", help="upload nothing: print the card and the list of files")
+    push.add_argument("--import", **own)  # type: ignore[arg-type]
+
     doctor = add("doctor", "say what a checkpoint, a folder or a Hub id is, and whether it loads")
     doctor.add_argument("path", help="a file, a folder, or a Hub id, which is fetched")
     doctor.add_argument("--import", **own)  # type: ignore[arg-type]
@@ -99,17 +115,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _fit(arguments: list[str]) -> int:
     _need("lightning", "fit")
+    from ..callbacks.preemption import Preempted
     from ..callbacks.wandb_run import finish
     from .fit import fit
 
-    fit(["--help" if argument == "--options" else argument for argument in arguments])
+    status = 0
+    try:
+        fit(["--help" if argument == "--options" else argument for argument in arguments])
+    except Preempted as stop:
+        status = int(str(stop))
+        if status:
+            print("priorguide: stopped by SIGTERM; the same command with --ckpt_path last goes on", file=sys.stderr)
     if where := finish():
         print(where)
-    return 0
+    return status
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.command in ("sample", "verify", "doctor"):
+    if args.command in ("sample", "verify", "push", "doctor"):
         from importlib import import_module
 
         for module in args.modules:
@@ -122,10 +145,14 @@ def _run(args: argparse.Namespace) -> int:
 
         quickstart(args.task, args.out, args.seed, args.threads)
     elif args.command == "compare":
-        from .compare import compare_on, compare_run
+        from .compare import compare_on, compare_run, decide_run
 
         scales = parse_scales(args.scales)
-        if args.condition:
+        if args.reason and not args.override:
+            raise UsageError("--reason goes with --override PRIOR:SCALE")
+        if args.votes or args.override:
+            decide_run(args.run, args.votes, parse_override(args.override), args.reason, args.out)
+        elif args.condition:
             compare_on(args.run, args.condition, args.seeds, args.checkpoint, scales, args.out)
         else:
             compare_run(args.run, args.checkpoint, scales, args.conditions, args.out)
@@ -137,7 +164,8 @@ def _run(args: argparse.Namespace) -> int:
             return 0
         scale = parse_scales(args.scale)
         wanted = scale[0] if scale else None
-        export_run(args.run, args.checkpoint, args.comparison, args.prior, wanted, args.out, args.restricted)
+        choice = (args.comparison, args.prior, wanted, args.out, args.restricted, args.prior_as)
+        export_run(args.run, args.checkpoint, *choice)
     return 0
 
 
@@ -152,6 +180,17 @@ def parse_scales(text: str | None) -> list[tuple[float, ...]] | None:
     if not scales or not all(isfinite(number) for part in scales for number in part):
         raise UsageError(f"scales must look like 1,1.5,3 or 1.5:7.5, got {text!r}")
     return scales
+
+
+def parse_override(text: str | None) -> tuple[str, tuple[float, ...]] | None:
+    """ "base:3" as ("base", (3,)), "base:1.5:7.5" as ("base", (1.5, 7.5)). UsageError for anything else."""
+    if text is None:
+        return None
+    prior, _, scale = text.partition(":")
+    scales = parse_scales(scale)
+    if not prior or scales is None or len(scales) != 1:
+        raise UsageError(f"an override must look like base:3 or base:1.5:7.5, got {text!r}")
+    return prior, scales[0]
 
 
 def _need(package: str, command: str) -> None:

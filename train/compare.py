@@ -13,17 +13,21 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..callbacks.comparison import PriorComparison
+from ..callbacks.figures import distances
 from ..callbacks.panels import panel
-from ..callbacks.quantities import candidate_text
-from ..callbacks.records import comparison_panel, shown
-from ..callbacks.report import write_report
+from ..callbacks.quantities import AGREEMENTS, candidate_text, present
+from ..callbacks.records import shown, write_panel, write_whole
+from ..callbacks.report import with_decision, write_report
 from ..callbacks.tables import terminal_table
+from ..callbacks.votes import told, with_override, with_votes
 from ..callbacks.wandb_log import log_result, scale_name
 from ..callbacks.wandb_run import follow_up
+from ..sample import saturation
 from ..sample.compare import compare
 from ..sample.evaluate import Evaluation
 from ..sample.health import in_words
 from ..sample.manifest import new_folder
+from ..sample.matched import matched, needed
 from .fine_tune import FineTune
 from .fit import FitCLI, load_run
 from .sampling import crossed, parse_seeds, read_condition, write_pictures
@@ -66,7 +70,7 @@ def compare_on(
     cli, _ = load_run(run, checkpoint)
     callback, device = comparison_of(cli), cli.trainer.strategy.root_device
     with cli.model.to(device).averaged() as model, callback.on_device(device):
-        condition, each = crossed(read_condition(model, given), wanted)
+        condition, each = crossed(read_condition(model, given, getattr(cli.datamodule, "class_names", ())), wanted)
         candidates = callback.candidates(model, scales)
         pictures = compare(model, condition, each, candidates, callback.sampler, batch_size=callback.batch_size)
     titles = {candidate_text(*arm): images for arm, images in pictures.items()}
@@ -74,8 +78,31 @@ def compare_on(
         panel(None, titles, captions=[f"seed {seed}" for seed in each]).save(aside / "panel.png")
         for (prior, at), images in pictures.items():
             (place := aside / f"{prior}-{scale_name(at)}").mkdir()
-            write_pictures(place, images, each, len(wanted))
+            write_pictures(place, images, each, len(wanted), condition.get("fps"))
     print(f"{len(pictures)} candidates on {len(each)} conditions and seeds in {folder}")
+
+
+def decide_run(
+    run: str | File,
+    votes: Sequence[str] = (),
+    override: tuple[str, tuple[float, ...]] | None = None,
+    reason: str = "",
+    out: str | None = None,
+) -> None:
+    """Adds the team's votes, or its override of the verdict, to a comparison's record and page."""
+    folder = File(out) if out else File(run) / "comparison"
+    if not (folder / "record.json").is_file():
+        raise ValueError(f"there is no {folder / 'record.json'}: run `priorguide compare {run}` first")
+    record = json.loads((folder / "record.json").read_text())
+    for file in votes:
+        record = with_votes(record, file)
+    if override:
+        record = with_override(record, *override, reason)
+    page = with_decision((folder / "index.html").read_text(encoding="utf-8"), record)
+    write_whole(folder / "record.json", json.dumps(record, indent=1))
+    write_whole(folder / "index.html", page)
+    for line in told(record):
+        print(line)
 
 
 def refuse_existing(folder: File) -> None:
@@ -116,7 +143,12 @@ def full_comparison(
         )
     count = conditions or callback.num_conditions
     found = callback.health(fine_tune, data, count)
-    health = {name: {**one.to_json(), "sentence": in_words(name, one)} for name, one in found.items()}
+    others = {name: in_words(name, one) for name, one in found.items() if any(one.gap)}  # not the model's own
+    health = {name: {**one.to_json(), "sentence": others.get(name)} for name, one in found.items()}
+    watched = [
+        {"prior": arm[0], "scales": list(arm[1]), **one.to_json(), "sentence": saturation.in_words(arm, one)}
+        for arm, one in callback.saturation(fine_tune, data, evaluation).items()
+    ]
     record: dict[str, Any] = {
         "rows": evaluation.rows(),
         "verdict": evaluation.verdict.to_json() if evaluation.verdict else None,
@@ -129,6 +161,7 @@ def full_comparison(
             **callback.sampler.options,
         },
         "health": health,
+        "saturation": watched,
         "conditions": count,
         "reference": callback.num_reference,
         "step": state.get("global_step"),
@@ -142,9 +175,23 @@ def full_comparison(
         "condition": shown(batch, "image"),
         "target": shown(batch, "pixels"),
         "caption": batch.get("text"),
+        "fps": batch.get("fps"),
         "candidates": {candidate_text(*arm): images for arm, images in arms.items()},
+        "arms": evaluation.pictures,
     }
-    return record, pictures, evaluation
+    return record | read_off(record), pictures, evaluation
+
+
+def read_off(record: dict[str, Any]) -> dict[str, Any]:
+    """What follows from a record's rows and verdict: distances "matched" at equal agreement with the condition, and
+    the conditions "needed" to settle what the verdict left open."""
+    rows, verdict, found = record["rows"], record["verdict"], distances(record)
+    if not verdict:
+        return {}
+    agreements = [key for key in present(rows) if key in AGREEMENTS]
+    baseline, chosen = verdict["rule"]["baseline"], verdict["chosen"]
+    equal = matched(rows, chosen, baseline, found[0], agreements) if found else []
+    return {"matched": equal, "needed": needed(verdict)}
 
 
 def save_comparison(
@@ -154,7 +201,7 @@ def save_comparison(
     callback = comparison_of(cli)
     batch = callback.examples(cli.datamodule, min(callback.num_pictures, record["conditions"]))
     with new_folder(folder) as aside:
-        comparison_panel(evaluation, batch).save(aside / "panel.png")
+        write_panel(aside / "panel", evaluation, batch)
         write_report(aside / "index.html", {"title": "Which prior to deploy", **record}, pictures)
         (aside / "record.json").write_text(json.dumps(record, indent=1))
 
@@ -165,8 +212,9 @@ def show(record: dict[str, Any]) -> None:
     console.print(terminal_table(record))
     if record.get("verdict"):
         console.print(record["verdict"]["sentence"], style="bold")
-    for health in record.get("health", {}).values():
-        console.print(health["sentence"])
+    told = [*record.get("health", {}).values(), *record.get("saturation", [])]
+    for sentence in filter(None, (entry["sentence"] for entry in told)):
+        console.print(sentence)
 
 
 def progress() -> Progress:

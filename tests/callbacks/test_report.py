@@ -1,11 +1,12 @@
 import base64
 import copy
+import hashlib
 import io
 import re
-from html.parser import HTMLParser
 
 import pytest
 import torch
+from pages import Page, a_record, row, some_pictures
 from PIL import Image
 from rich.console import Console
 
@@ -14,121 +15,6 @@ from priorguide.callbacks.gallery import BUDGET, most_different
 from priorguide.callbacks.quantities import duration, measured, memory, number
 from priorguide.callbacks.report import write_report
 from priorguide.callbacks.tables import terminal_table
-
-VOID = {"meta", "img", "br", "link", "input"}
-
-
-class Page(HTMLParser):
-    """Everything in a page that the tests ask about; fails where tags do not balance."""
-
-    def __init__(self, text: str):
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
-        self.feed(text)
-        self.close()
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-        if tag not in ("b", "small", "span", "code"):
-            self.texts.append(" ")
-
-    def handle_data(self, data):
-        if not self.open or self.open[-1] != "style":
-            self.texts.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join("".join(self.texts).split())
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attrs for name, attrs in self.tags if name == tag]
-
-    @property
-    def sections(self) -> list[str | None]:
-        return [attrs.get("aria-labelledby") for attrs in self.all("section")]
-
-
-def row(prior: str, scale: float, fd: float, psnr: float) -> dict:
-    return {
-        "prior": prior,
-        "scales": [scale],
-        "metrics": {
-            "fd": {"value": fd, "error": 0.31},
-            "kid": {"value": fd / 300, "error": 0.0011},
-            "psnr": {"value": psnr, "error": 0.094},
-            "accuracy": {"value": 0.5 + scale / 100, "error": 0.016},
-            "coverage": {"value": 0.7 - scale / 100, "error": 0.014},
-        },
-        "seconds_per_image": 0.0121,
-        "evaluations": 25 if scale == 1 else 50,
-        "extra_bytes": 2_858_438 if prior == "base" else 0,
-    }
-
-
-def a_record() -> dict:
-    rows = [row("none", 1.0, 6.2, 16.6)]
-    for scale, fd_self, fd_base in ((1.5, 5.7, 5.3), (3.0, 7.2, 4.9)):
-        rows += [row("self", scale, fd_self, 16.8 + scale / 10), row("base", scale, fd_base, 17 + scale / 10)]
-    return {
-        "title": "Garments from their edges",
-        "task": "edges",
-        "description": "A small network fine-tuned to draw from edges.",
-        "rows": rows,
-        "verdict": {
-            "prior": "base",
-            "scales": [3.0],
-            "confident": True,
-            "decide_by": "kid",
-            "sentence": "Deploy base at scale 3: it beats self at 1.5.",
-            "chosen": {"self": [1.5], "base": [3.0]},
-            "rule": {"baseline": "self", "level": 0.95},
-            "conditions": 1000,
-            "comparisons": [
-                {
-                    "prior": "base",
-                    "scales": [3.0],
-                    "baseline_scales": [1.5],
-                    "metric": "kid",
-                    "difference": -0.0041,
-                    "interval": [-0.0067, -0.0015],
-                    "guards": {"psnr": {"difference": 0.41, "interval": [0.33, 0.49], "allowed": 0.1, "holds": True}},
-                    "outcome": "better",
-                }
-            ],
-        },
-        "history": [
-            {"step": s, "rows": [row("self", 3.0, 9 - s / 100, 16), row("base", 3.0, 8 - s / 100, 16)]}
-            for s in (100, 200)
-        ],
-        "floor": {"fd": {"value": 0.63, "error": 0.05}, "kid": 0.0002},
-        "sampling": {"scheduler": "ddim", "steps": 25, "options": {"clip_sample": True}},
-        "seconds_total": 160,
-        "environment": {"torch": "2.13.0"},
-        "bundle": "runs/bundle",
-        "how_to_sample": [{"title": "Command line", "code": "priorguide sample runs/bundle --seed 0"}],
-    }
-
-
-def some_pictures(count: int = 8, side: int = 16) -> dict:
-    draw = torch.Generator().manual_seed(0)
-    names = ("self, scale 1.5", "base, scale 3")
-    return {
-        "condition": torch.rand(count, 1, side, side, generator=draw),
-        "target": torch.rand(count, 3, side, side, generator=draw),
-        "candidates": {name: torch.rand(count, 3, side, side, generator=draw) for name in names},
-        "caption": [f"coat {i}" for i in range(count)],
-    }
 
 
 @pytest.fixture(scope="module")
@@ -142,17 +28,30 @@ def page(text) -> Page:
 
 
 def test_order_of_the_page(page):
-    order = ["verdict", "tradeoff", "table", "pictures", "scale", "training", "sample", "measured"]
+    order = ["verdict", "tradeoff", "matched", "best", "table", "health", "vote", "pictures"]
+    order += ["scale", "training", "sample", "measured"]
     assert page.sections == order
     assert {attrs.get("id") for attrs in page.all("h2")} == set(order)
 
 
-def test_nothing_is_fetched_and_nothing_runs(text, page):
+def test_nothing_is_fetched_and_only_its_own_script_runs(text, page):
     assert not re.search(r"(?:https?:)?//|@import|url\(", re.sub(r'src="data:image/png;base64,[^"]*"', "", text))
-    assert not page.all("script") and not page.all("link") and not page.all("iframe")
+    assert page.all("script") == [{}] and not page.all("link") and not page.all("iframe")
     assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
     (policy,) = [attrs["content"] for attrs in page.all("meta") if attrs.get("http-equiv")]
     assert policy.startswith("default-src 'none'")
+    script = text.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy.endswith(f"; script-src 'sha256-{digest}'")
+
+
+def test_a_page_of_one_candidate_has_no_script_and_no_vote(tmp_path):
+    pictures = some_pictures()
+    del pictures["candidates"]["base, scale 3"]
+    record = a_record()
+    del record["verdict"]["chosen"]["base"]
+    page = Page(write_report(tmp_path, record, pictures).read_text())
+    assert not page.all("script") and "vote" not in page.sections and "One over the other" not in page.text
 
 
 def test_verdict_is_said_once_and_first(page):
@@ -169,7 +68,7 @@ def test_uncertain_verdict_says_so(tmp_path):
 
 
 def test_all_pictures_are_embedded_named_and_whole(page):
-    images = page.all("img")
+    images = page.pictures
     assert len(images) == 8 * 4  # 6 fixed and the 2 others, of condition, 2 candidates and target
     pictures = some_pictures()
     for attrs in images:
@@ -193,7 +92,7 @@ def test_picked_pictures_are_those_that_differ_most_and_said_to_be(tmp_path):
     page = Page(write_report(tmp_path, a_record(), pictures).read_text())
     assert "The first 6 of 12, whatever they show." in page.text
     assert "Picked from the other 6 because the candidates differ most on them: not typical." in page.text
-    shown = [attrs["alt"] for attrs in page.all("img") if attrs["alt"].startswith("target")]
+    shown = [attrs["alt"] for attrs in page.pictures if attrs["alt"].startswith("target")]
     ranked = [i for i in most_different([same, other]) if i > 5]
     assert ranked[:2] in ([10, 7], [7, 10])
     assert shown == [f"target: coat {i}" for i in (0, 1, 2, 3, 4, 5, *ranked)]
@@ -205,14 +104,14 @@ def test_table_has_headers_winner_and_uncertainty(page):
     text = page.text
     for expected in ("4.9 ± 0.3", "17.30 ± 0.09", "53.0 ± 1.6", "12.1 ms", "2.9 MB", "0.63 ± 0.05"):
         assert expected in text
-    assert text.count("base, γ 3 deploy") == 2  # beside its rivals under the verdict, and among all rows
+    assert text.count("base, γ 3 verdict") == 2  # beside its rivals, and among all rows
     assert "−0.0041 [−0.0067, −0.0015]" in text and "PSNR dB +0.41 [+0.33, +0.49], may lose 0.1: holds" in text
     assert all(attrs["class"] == "numbers" for attrs in page.all("table")[:3])
 
 
 def test_charts_are_described_and_coloured_alike(text, page):
     charts = [attrs for attrs in page.all("svg") if attrs.get("class") == "chart"]
-    assert len(charts) == 2 + 5 + 5 and all(attrs["role"] == "img" and attrs["aria-label"] for attrs in charts)
+    assert len(charts) == 2 + 2 + 5 + 5 and all(attrs["role"] == "img" and attrs["aria-label"] for attrs in charts)
     # Every marker of base is a square (polygon) in colour 1, self a circle in colour 0, all over the page.
     seen = {"base": 0, "self": 0}
     for chart in re.findall(r'<svg class="chart".*?</svg>', text):
@@ -223,7 +122,7 @@ def test_charts_are_described_and_coloured_alike(text, page):
             if "<title>self" in group:
                 assert style == "0" and "<circle" in group
                 seen["self"] += 1
-    assert seen == {"base": 12, "self": 12}
+    assert seen == {"base": 14, "self": 12}
 
 
 def test_text_is_escaped(tmp_path):
@@ -236,13 +135,21 @@ def test_text_is_escaped(tmp_path):
     record["history"][0]["rows"].append(row(attack, 3.0, 5, 17))
     record["verdict"] |= {"sentence": attack, "prior": attack}
     record["verdict"]["comparisons"][0] |= {"prior": attack, "outcome": attack, "guards": {attack: attack}}
+    record["needed"] = {attack: 10**6}
+    record["health"][attack] = {**record["health"]["base"], "sentence": attack}
+    record["matched"][0]["priors"][attack] = None
+    record["votes"] = {"ballots": {attack: []}, "pairs": [{"pair": [attack] * 2, "wins": [1, 0], "same": 0}]}
+    record["votes"]["pairs"][0]["interval"] = [0.0, 1.0]
+    record["override"] = {"prior": attack, "scales": [3.0], "reason": attack, "date": attack}
     record["rows"][0]["metrics"][attack] = {"value": 1.0, "error": 0.1}
     pictures = some_pictures()
     pictures["candidates"][attack] = pictures["candidates"]["base, scale 3"]
     pictures["caption"][0] = attack
+    pictures["arms"] = {(attack, (s,)): pictures["candidates"][attack] for s in (1.0, 2.0)}
     page = Page(write_report(tmp_path, record, pictures).read_text())
-    assert not page.all("script")
-    assert all(attrs["src"].startswith("data:") and "onerror" not in attrs for attrs in page.all("img"))
+    assert len(page.all("script")) == 1
+    assert all(attrs["src"].startswith("data:") and "onerror" not in attrs for attrs in page.pictures)
+    assert not any("src" in attrs for attrs in page.all("img") if attrs not in page.pictures)
     assert page.text.count("<script>alert(1)</script>") > 10
 
 
@@ -263,11 +170,12 @@ def test_missing_metrics_and_pictures_are_left_out(tmp_path):
     for entry in (*record["rows"], *(r for h in record["history"] for r in h["rows"])):
         for key in ("accuracy", "coverage"):
             del entry["metrics"][key]
+    record["matched"] = [entry for entry in record["matched"] if entry["agreement"] == "psnr"]
     del record["floor"]
     pictures = some_pictures() | {"target": None, "condition": None}
     page = Page(write_report(tmp_path, record, pictures).read_text())
     assert not {"Accuracy", "Coverage", "unseen"} & set(page.text.split())
-    assert len(page.all("img")) == 8 * 2 and "coat 0" in page.text
+    assert len(page.pictures) == 8 * 2 and "coat 0" in page.text
     assert "pictures" not in Page(write_report(tmp_path, record).read_text()).sections
     bare = Page(write_report(tmp_path, {"rows": []}).read_text())
     assert bare.sections == []
@@ -287,7 +195,7 @@ def test_scale_one_is_shared_and_may_win(tmp_path):
     record = a_record()
     record["verdict"] |= {"prior": "self", "scales": [1.0], "chosen": {"self": [1.0], "base": [3.0]}}
     page = Page(write_report(tmp_path, record).read_text())
-    assert page.text.count("none, γ 1 deploy") == 2
+    assert page.text.count("none, γ 1 verdict") == 2
 
 
 def test_two_scales(tmp_path):
@@ -304,10 +212,13 @@ def test_two_scales(tmp_path):
 def test_large_pictures_are_shrunk_to_keep_the_page_small(tmp_path):
     noise = torch.rand(12, 3, 256, 256, generator=torch.Generator().manual_seed(0))
     pictures = {"candidates": {"self": noise, "base": noise.flip(0), "other": noise.flip(2)}}
+    pictures["arms"] = {("base", (scale,)): noise for scale in (1.0, 2.0, 3.0)}
     file = write_report(tmp_path, a_record(), pictures)
     assert file.stat().st_size < 5_000_000
     page = Page(file.read_text())
-    assert len(page.all("img")) == 36 and sum(len(attrs["src"]) for attrs in page.all("img")) < 1.01 * BUDGET
+    shown = [attrs for attrs in page.pictures if "scale" not in attrs["data-name"]]
+    assert len(shown) == 36 and sum(len(attrs["src"]) for attrs in shown) < 1.01 * BUDGET
+    assert len(page.pictures) - 36 == 3 * 3, "fewer conditions at every scale, since they are large"
     assert re.search(r"Shown at \d+ of 256 pixels", page.text)
 
 
@@ -427,3 +338,66 @@ def test_chart_places_points_by_their_values():
     assert len(x) == 3 and x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.11)
     assert y[0] == y[2] > y[1]
     assert curves([], name="n", x_label="x", y_label="y") == ""
+
+
+def test_distances_at_matched_agreement_are_told_or_said_not_to_be_reached(tmp_path):
+    record = a_record()
+    (table,) = re.findall(r'<section aria-labelledby="matched">.*?</section>', render_text(tmp_path, record))
+    text = " ".join(Page(table).text.split())
+    assert "self, γ 1.5 0.0190 ± 0.0011" in text  # the baseline at its own scale, in every column
+    # base passes PSNR 16.6 (scale 1) and 17.15 (scale 1.5): 16.95 lies 0.35 / 0.55 of the way from KID 6.2 to 5.3 / 300
+    place = record["matched"][0]["priors"]["base"]
+    assert place["distance"] == pytest.approx((6.2 - 0.9 * 0.35 / 0.55) / 300)
+    assert f"{measured(place['distance'], place['error'])} scale 1.32" in text
+    record["matched"][0]["priors"]["base"] = None
+    record["matched"][0]["level"]["value"] = 20.0
+    assert "not reached its most is 17.30" in Page(render_text(tmp_path, record)).text
+    record["matched"][0]["level"]["value"] = 2.0
+    assert "not reached its least is 16.60" in Page(render_text(tmp_path, record)).text
+
+
+def render_text(folder, record: dict) -> str:
+    return write_report(folder, record).read_text()
+
+
+def test_health_says_its_sentence_and_draws_the_loss_relative_to_the_models_own(tmp_path):
+    record = a_record()
+    text = render_text(tmp_path, record)
+    (section,) = re.findall(r'<section aria-labelledby="health">.*?</section>', text)
+    assert Page(section).text.count("base knows the data.") == 1
+    notes = re.findall("<title>(.*?)</title>", section)
+    assert {"base, log-SNR 4.0: 1.10", "base, log-SNR 0.0: 1.00", "base, log-SNR −4.0: 0.900"} <= set(notes)
+    del record["health"]["self"]
+    (section,) = re.findall(r'<section aria-labelledby="health">.*?</section>', render_text(tmp_path, record))
+    assert section.count('class="chart"') == 1  # without the model's own loss, its gap alone
+
+
+def test_what_would_settle_an_open_verdict_is_said(tmp_path):
+    record = a_record() | {"needed": {"base": 35_724}}
+    text = Page(render_text(tmp_path, record)).text
+    assert "about 36,000 conditions would have an even chance to settle base against self: 35,000 more" in text
+    record["needed"]["base"] = None
+    assert "does not speak for base against self" in Page(render_text(tmp_path, record)).text
+
+
+def test_bands_reach_as_far_as_the_intervals():
+    line = Line(0, (Point(0, 10, y_error=1), Point(1, 10, y_error=2)))
+    svg = curves([line], name="n", x_label="x", y_label="y", band=1.96)
+    (outline,) = re.findall(r'<polygon points="([^"]*)" class="band"', svg)
+    x, y = zip(*(map(float, pair.split(",")) for pair in outline.split()), strict=True)
+    middle = float(re.search(r'<circle cx="[\d.]+" cy="([\d.]+)"', svg)[1])
+    assert x[0] == x[3] < x[1] == x[2]
+    assert (y[1] - y[2]) == pytest.approx(2 * (y[0] - y[3]), abs=0.3)
+    assert (y[0] + y[3]) / 2 == pytest.approx(middle, abs=0.1)
+    assert "v6" not in svg and "h6" not in svg  # no bars besides
+
+
+def test_pictures_by_scale_are_in_order_and_shown_where_there_are_several(tmp_path):
+    pictures = some_pictures()
+    same = pictures["candidates"]["base, scale 3"]
+    pictures["arms"] = {("base", (s,)): same for s in (10.0, 3.0, 1.5)}
+    page = Page(write_report(tmp_path, a_record(), pictures).read_text())
+    figures = [(attrs["data-prior"], attrs["data-scale"]) for attrs in page.all("figure") if "data-prior" in attrs]
+    assert figures == 6 * [("base", "1.5"), ("base", "3"), ("base", "10")]
+    pictures["arms"] = {("base", (3.0,)): same}
+    assert not Page(write_report(tmp_path, a_record(), pictures).read_text()).all("details")

@@ -21,8 +21,8 @@ START, END = "<!-- decision -->", "<!-- end of decision -->"
 def write_report(path: str | Path, record: Record, pictures: Mapping[str, Any] | None = None) -> Path:
     """Writes the page to `path` (a folder, for its index.html, or the .html file itself) and returns the file.
 
-    record: JSON-able: title, description, rows, verdict, needed, matched, health, saturation, votes, override, history, floor,
-    sampling, environment, how_to_sample; whatever is missing is left out of the page, all text is escaped.
+    record: JSON-able: title, description, rows, verdict, needed, matched, health, saturation, votes, override, history,
+    floor, sampling, environment, how_to_sample; whatever is missing is left out of the page, all text is escaped.
     pictures: "condition", "target" (N, 1 or 3, H, W) or None, "candidates" {name: the same}, all in [0, 1], and
     "caption", N texts; clips (N, 1 or 3, F, H, W) likewise, with "fps" (N,). "arms" {(prior, scales): the
     same} are shown by scale. The page appears whole or not at all.

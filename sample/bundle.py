@@ -7,7 +7,6 @@ unpickled.
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,24 +17,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .components import (
-    companions,
-    describe,
-    licences_of,
-    load_model,
-    load_prior,
-    nulls_of,
-    plain,
-    same_tensors,
-    save_network,
-)
-from .guidance import Guidance, Prior
-from .loop import SCHEDULERS, Sampler, check_scheduler, trajectories
+from . import components
+from .adapter import Adapter
+from .guidance import Guidance
+from .hub import SAFE, locate
+from .kept import plain, same_tensors, save_adapted, save_network, save_prior
+from .loop import Sampler, trajectories
 from .machine import device_name, environment, threads_of
 from .manifest import FORMAT_VERSION, NULL, RECORDED, BundleError, canonical, new_folder, refusing, seal, verify
 from .model import Condition, DiffusionModel
+from .recipe import check_timesteps, guidance_to_json, load_guidance, load_sampler, load_scheduler, timesteps_of
+from .reference import Reference
 
 __all__ = ["Bundle", "BundleError", "Recorded", "Replay", "verify"]
+INDEX = "model_index.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,11 +109,17 @@ class Bundle:
         evidence: Any = None,
         provenance: Mapping[str, Any] | None = None,
         restricted: bool = False,
+        adapter: Adapter | None = None,
+        prior_held: str | Reference | None = None,
+        prior_change: Mapping[str, Any] | None = None,
     ) -> File:
         """Writes a bundle, whole or not at all, and returns its folder; the model stays as it is.
 
         guidance and sampler come together; recorded needs both. evidence: the record of the decision, any JSON.
-        restricted: also embed a prior that not everybody may use, see `licences_of`.
+        restricted: also embed a prior that not everybody may use, see `licences_of`. adapter: what the model's network
+        was merged from, stored in its place. prior_held: the precision to which the prior is rounded (`at_precision`),
+        with what that changes (`guided_change`) for the manifest; or where on the Hub it lies, instead of in here.
+        What the prior has in common with the model's network, or the adapter's base, is stored once.
         FileExistsError where the folder exists, OSError where it cannot be written, ValueError or TypeError for
         guidance that does not fit the model or a record that is not JSON.
         """
@@ -130,37 +131,51 @@ class Bundle:
             guidance.check(model)
         prior = guidance.prior if guidance else None
         apart = prior.model if prior and prior.model is not model else None
-        licences = licences_of(model, apart, restricted)
-        nulls = nulls_of(model, apart)
+        elsewhere = isinstance(prior_held, Reference)
+        if prior_held is not None and apart is None:
+            raise ValueError("there is no second network: the prior is the model itself, which is stored once anyway")
+        nulls = components.nulls_of(model, apart)
         manifest: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
-            "model": describe(model, model.network_name, companions(model)),
+            "model": components.describe(model, model.network_name, components.companions(model)),
             "prior": None,
-            "guidance": None,
+            "guidance": guidance_to_json(guidance) if guidance else None,
             "sampler": dataclasses.asdict(sampler) if sampler else None,
-            "null": {name: {"dtype": str(part.dtype)[6:], "shape": list(part.shape)} for name, part in nulls.items()},
+            "timesteps": None,
+            "null": components.sizes_of(nulls),
             "recorded": recorded.about() if recorded else None,
             "evidence": evidence,
             "provenance": dict(provenance) if provenance else None,
-            "licences": licences,
+            "licences": components.licences_of(model, apart, restricted or elsewhere),
             "environment": environment(),
         }
+        manifest["model"]["stored"] = {"form": "adapter" if adapter else "whole"}
         if prior:
-            of_prior = describe(apart, f"unconditional_{apart.network_name}") if apart else manifest["model"]
+            of_prior = components.describe(apart, f"unconditional_{apart.network_name}") if apart else manifest["model"]
             manifest["prior"] = {**of_prior, "keep": sorted(prior.keep)}
-        if guidance:
-            names = [field.name for field in dataclasses.fields(guidance) if field.name != "prior"]
-            manifest["guidance"] = {name: getattr(guidance, name) for name in names}
-            manifest["guidance"]["guider_options"] = dict(guidance.guider_options)
+        index = components.model_index(model)
         canonical(manifest)  # refuses what is not JSON before anything is written
         folder = File(folder)
         with new_folder(folder) as temporary:
-            for name, module in {model.network_name: model.network, **companions(model)}.items():
+            if adapter:
+                save_adapted(model.network, adapter, temporary, model.network_name)
+            else:
+                save_network(model.network, temporary / model.network_name)
+            for name, module in components.companions(model).items():
                 save_network(module, temporary / name)
             if apart:
-                save_network(apart.network, temporary / f"unconditional_{apart.network_name}")
-            if sampler:
-                sampler.make(model).save_pretrained(temporary / "scheduler")
+                beside = adapter.base if adapter else model.network
+                stored = save_prior(apart, beside, temporary, prior_held)
+                manifest["prior"]["stored"] = {**stored, "change": dict(prior_change) if prior_change else None}
+            if sampler or index:
+                scheduler = (sampler or Sampler()).make(model)
+                scheduler.save_pretrained(temporary / "scheduler")
+                if sampler:
+                    scheduler.set_timesteps(sampler.steps)
+                    manifest["timesteps"] = timesteps_of(scheduler, prior)
+                if index:
+                    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+                    (temporary / INDEX).write_bytes(canonical(index))
             save_file(nulls, temporary / NULL)
             if recorded:
                 parts = {f"condition.{name}": part for name, part in recorded.condition.items()}
@@ -178,23 +193,45 @@ class Bundle:
         folder = File(folder)
         manifest = verify(folder)
         with refusing(folder):
-            model = load_model(folder, manifest["model"], "model")
-            prior = load_prior(folder, manifest["prior"], model, manifest["model"]) if manifest["prior"] else None
+            model = components.load_model(folder, manifest["model"], "model")
+            prior = (
+                components.load_prior(folder, manifest["prior"], model, manifest["model"])
+                if manifest["prior"]
+                else None
+            )
             apart = prior.model if prior and prior.model is not model else None
-            if not same_tensors(load_file(folder / NULL), nulls_of(model, apart)):
+            nulls = components.nulls_of(model, apart)
+            if not same_tensors(load_file(folder / NULL), nulls) or manifest["null"] != components.sizes_of(nulls):
                 raise BundleError(f"{NULL} holds another null than the model's own; write bundles with Bundle.save")
             guidance, sampler, scheduler = None, None, None
             if manifest["guidance"] and manifest["sampler"]:
-                guidance = _load_guidance(manifest["guidance"], prior)
-                guidance.check(model)
-                guidance.make_guider()
-                sampler = _load_sampler(manifest["sampler"])
-                scheduler = _load_scheduler(folder / "scheduler", sampler, model)
-        licences = manifest["licences"] or {}
+                guidance = load_guidance(manifest["guidance"], prior, model)
+                sampler = load_sampler(manifest["sampler"])
+                scheduler = load_scheduler(folder / "scheduler", sampler, model)
+                if stored := manifest.get("timesteps"):
+                    check_timesteps(stored, scheduler, prior)
+            if INDEX in manifest["files"]:
+                components.check_index(folder / INDEX)
+            licences = components.check_licences(manifest["licences"] or {})
         for name, network in (("model", model), *([("prior", apart)] if apart else [])):
             network.licence = licences.get(name)
             network.eval().to(device)
         return cls(model, guidance, sampler, scheduler, manifest, folder)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        device: str | torch.device = "cpu",
+    ) -> "Bundle":
+        """The bundle in a folder, or in a repository on the Hub ("owner/name", at `revision`), as `load` has it.
+
+        BundleError as `load`; FileNotFoundError and PermissionError as `hub.locate`.
+        """
+        found = locate(os.fspath(pretrained_model_name_or_path), revision=revision, allow_patterns=SAFE)
+        return cls.load(found, device)
 
     def sample(
         self,
@@ -253,32 +290,6 @@ def _pictures(
     x_0 = trajectories(model, condition, seeds, [guidance], scheduler=scheduler, **options)[0]
     with torch.no_grad():
         return model.decode(x_0).float()
-
-
-def _load_guidance(stored: dict[str, Any], prior: Prior | None) -> Guidance:
-    interval = stored["interval"]
-    if interval is not None:
-        low, high = (float(t) for t in interval)
-        interval = low, high
-    scales = tuple(float(scale) for scale in stored["scales"])
-    return Guidance(**{**stored, "scales": scales, "interval": interval}, prior=prior)
-
-
-def _load_sampler(stored: dict[str, Any]) -> Sampler:
-    return Sampler(**{**stored, "steps": int(stored["steps"]), "eta": float(stored["eta"])})
-
-
-def _load_scheduler(folder: File, sampler: Sampler, model: DiffusionModel) -> Any:
-    """The scheduler with the very options that were in force, should a library's defaults have moved."""
-    import diffusers
-
-    config = json.loads((folder / "scheduler_config.json").read_text())
-    if config["_class_name"] != (name := SCHEDULERS[sampler.scheduler]):
-        raise BundleError(f"its scheduler is a {config['_class_name']}, the manifest's a {name}")
-    scheduler = getattr(diffusers, name).from_config(config)
-    check_scheduler(model, scheduler)
-    scheduler.set_timesteps(sampler.steps)
-    return scheduler
 
 
 def _device(model: DiffusionModel) -> torch.device:

@@ -1,16 +1,19 @@
 """What a bundle's folder holds of a model: its network, its nulls, and a description that it must agree with."""
 
+import inspect
 import json
 import math
+import types
+import typing
 from collections.abc import Collection, Mapping
 from pathlib import Path as File
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from .guidance import Prior, unconditional
+from .kept import load_network, plain, restore
 from .manifest import NULL, BundleError, canonical
 from .model import DiffusionModel
 from .models import find
@@ -59,6 +62,19 @@ def _agree(stored: Any, own: Any) -> bool:
     return type(stored) is type(own) and stored == own
 
 
+def _check_config(model_class: type[DiffusionModel], config: Mapping[str, Any]) -> None:
+    """BundleError for a value of another type than the class says that it takes, where it says a plain one."""
+    for name, value in config.items():
+        parameter = inspect.signature(model_class.__init__).parameters.get(name)
+        said = parameter.annotation if parameter else None
+        union = typing.get_origin(said) in (typing.Union, types.UnionType)
+        kinds = [k for k in (typing.get_args(said) if union else (said,)) if k in (bool, int, float, str, type(None))]
+        if union and len(kinds) < len(typing.get_args(said)):
+            continue  # it takes more than plain values
+        if kinds and not isinstance(value, (*kinds, *([int] if float in kinds else []))):
+            raise BundleError(f"{model_class.__name__} takes no {name} like {value!r}")
+
+
 def load_model(folder: File, stored: dict[str, Any], whose: str, prefix: str = "") -> DiffusionModel:
     """The model that `describe` described, from the folder's `<prefix><network_name>/` and its companions' folders.
 
@@ -67,7 +83,7 @@ def load_model(folder: File, stored: dict[str, Any], whose: str, prefix: str = "
     stored = {"nulls": [], **stored}  # bundles from before there were any
     model_class = find(stored["class"])
     place = prefix + model_class.network_name
-    network = _restore(model_class.load_network(str(folder / place)), folder / place)
+    network = load_network(folder, model_class, prefix, stored.get("stored", {}))
     components = {}
     for name in stored["components"]:
         if not name.isidentifier():
@@ -75,6 +91,7 @@ def load_model(folder: File, stored: dict[str, Any], whose: str, prefix: str = "
         components[name] = load_companion(folder / name)
     filed = load_file(folder / NULL)
     nulls = {name: filed[f"{whose}.{name.removeprefix('null_')}"] for name in stored["nulls"]}
+    _check_config(model_class, stored["config"])
     model = model_class.from_components(network, **components, **nulls, **stored["config"])
     own = json.loads(canonical(describe(model, place, companions(model))))
     for name in own:
@@ -90,21 +107,6 @@ def load_prior(folder: File, stored: dict[str, Any], model: DiffusionModel, of_m
     return unconditional(base, onto=model, keep=frozenset(stored["keep"]))
 
 
-def _restore(module: nn.Module, folder: File) -> nn.Module:
-    """The loaded module with exactly the stored tensors, in their own types, which diffusers casts to float32.
-
-    Strict: diffusers would fill what is missing with random weights.
-    """
-    stored: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        stored |= load_file(file)
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if name in stored:
-            tensor.data = tensor.data.to(stored[name].dtype)
-    module.load_state_dict(stored)
-    return module
-
-
 def load_companion(folder: File) -> Any:
     """A frozen module of diffusers or transformers, or a tokenizer, as its folder's JSON names it."""
     import transformers
@@ -117,44 +119,12 @@ def load_companion(folder: File) -> Any:
         return kind.from_pretrained(folder, local_files_only=True)
     config = json.loads((folder / "config.json").read_text())
     if "architectures" not in config:
-        return _restore(DiffusionModel.load_network(str(folder)), folder)
+        return restore(DiffusionModel.load_network(str(folder)), folder)
     name = (config["architectures"] or [None])[0]
     kind = getattr(transformers, str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise BundleError(f"{folder.name}/ must name a model of transformers, got {name!r}")
-    return _restore(kind.from_pretrained(folder, use_safetensors=True, local_files_only=True), folder)
-
-
-def save_network(network: Any, folder: File) -> None:
-    """`save_pretrained`, for tied, shared and non-contiguous tensors too, and without the path it was loaded from.
-
-    ValueError for a module that has no `save_pretrained`.
-    """
-    if not hasattr(network, "save_pretrained"):
-        raise ValueError(f"a {type(network).__name__} has no save_pretrained, as diffusers' models have, to save it by")
-    if not isinstance(network, nn.Module):  # a tokenizer
-        network.save_pretrained(str(folder))
-        return
-    hook = network.register_state_dict_post_hook(lambda module, state, prefix, metadata: state.update(plain(state)))
-    try:
-        network.save_pretrained(str(folder))  # type: ignore[operator]
-    finally:
-        hook.remove()
-    file = folder / "config.json"
-    config = json.loads(file.read_text())
-    config.pop("_name_or_path", None)
-    file.write_bytes(canonical(config))
-
-
-def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, contiguous, no two in one storage: as safetensors takes them."""
-    copies, seen = {}, set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        copies[name] = tensor.clone() if storage in seen else tensor
-        seen.add(storage)
-    return copies
+    return restore(kind.from_pretrained(folder, use_safetensors=True, local_files_only=True), folder)
 
 
 NOT_FOR_ALL = {"CC-BY-NC-4.0", "VideoCrafter (research only)"}
@@ -162,7 +132,8 @@ NOT_FOR_ALL = {"CC-BY-NC-4.0", "VideoCrafter (research only)"}
 
 
 def licences_of(model: DiffusionModel, prior: DiffusionModel | None, restricted: bool) -> dict[str, str | None]:
-    """The licences of both, by whose they are. ValueError for a prior that is not for all, unless `restricted`."""
+    """The licences of both, by whose they are. ValueError for a prior that is not for all, unless `restricted`, or
+    held elsewhere."""
     if prior is None:
         return {"model": model.licence}
     if prior.licence in NOT_FOR_ALL and not restricted:
@@ -173,6 +144,16 @@ def licences_of(model: DiffusionModel, prior: DiffusionModel | None, restricted:
     return {"model": model.licence, "prior": prior.licence}
 
 
+def check_licences(stored: Mapping[str, Any]) -> Mapping[str, str | None]:
+    """The stored licences themselves. BundleError for anything but their names."""
+    if not all(isinstance(licence, str | None) for licence in stored.values()) or not stored.keys() <= {
+        "model",
+        "prior",
+    }:
+        raise BundleError(f"the licences of model and prior must be their names, got {dict(stored)!r}")
+    return stored
+
+
 def nulls_of(model: DiffusionModel, prior: DiffusionModel | None) -> dict[str, Tensor]:
     """The null parts of both, each a batch of one."""
     parts = {f"model.{name}": part for name, part in model.null({}).items()}
@@ -181,6 +162,45 @@ def nulls_of(model: DiffusionModel, prior: DiffusionModel | None) -> dict[str, T
     return plain(parts)
 
 
-def same_tensors(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    """Bit for bit, with equal names and types."""
-    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+def sizes_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Their types and shapes, as JSON."""
+    return {name: {"dtype": str(part.dtype)[6:], "shape": list(part.shape)} for name, part in tensors.items()}
+
+
+def model_index(model: DiffusionModel) -> dict[str, Any] | None:
+    """diffusers' model_index.json, where a stock pipeline is all of the model's parts and a scheduler; else None.
+
+    The pipeline is of the `published_as`, and every part of a class of diffusers or transformers, and no subclass.
+    """
+    import diffusers
+    import transformers
+
+    parts = {model.network_name: model.network, **companions(model)}
+    placed: dict[str, Any] = {"scheduler": ["diffusers", "DDIMScheduler"]}
+    for name, part in parts.items():
+        kind = type(part)
+        libraries = [m.__name__ for m in (diffusers, transformers) if getattr(m, kind.__name__, None) is kind]
+        if not libraries:
+            return None
+        placed[name] = [libraries[0], kind.__name__]
+    for name in model.published_as:
+        pipeline: Any = getattr(diffusers, name, None)
+        if not (isinstance(pipeline, type) and issubclass(pipeline, diffusers.DiffusionPipeline)):
+            continue
+        arguments = inspect.signature(pipeline).parameters
+        optional = {*getattr(pipeline, "_optional_components", ())}
+        needed = {p.name for p in arguments.values() if p.default is p.empty} - optional
+        if needed <= placed.keys() <= arguments.keys():
+            index = {"_class_name": name, "_diffusers_version": diffusers.__version__, **placed}
+            index |= {part: [None, None] for part in optional - placed.keys()}
+            if "requires_safety_checker" in arguments:
+                index["requires_safety_checker"] = False
+            return index
+    return None
+
+
+def check_index(file: File) -> None:
+    """BundleError for a model_index.json that sends diffusers anywhere but to diffusers and transformers."""
+    for name, value in json.loads(file.read_text()).items():
+        if isinstance(value, list) and value[:1] not in (["diffusers"], ["transformers"], [None]):
+            raise BundleError(f"{file.name} takes {name} from {value[:1]}: only diffusers and transformers are known")

@@ -17,11 +17,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2 has networks stored in other forms than whole, and the timesteps; bundles of 1 are read as before."""
 MANIFEST = "priorguide.json"
 NULL, RECORDED = "null.safetensors", "recorded.safetensors"
 SUFFIXES = (".safetensors", ".json", ".txt", ".md")
 """The only kinds of file in a bundle: none of them can hold code."""
+BESIDE = ("README.md", "samples.png", ".gitattributes")
+"""What a repository on the Hub has besides the bundle; in its cache these are left alone, and unread."""
 FIELDS = {
     "format_version": int,
     "model": dict,
@@ -36,6 +39,8 @@ FIELDS = {
     "environment": dict,
     "files": dict,
 }
+FIELDS_OF_2 = {"timesteps": dict | None}
+FIELDS_OF_RECORDED = {"batch": int, "max_batch": int | None, "threads": int, "device": str}
 
 
 class BundleError(ValueError):
@@ -152,9 +157,14 @@ def _read(file: File) -> dict[str, Any]:
         raise BundleError(
             f"its format_version is {version}, newer than {FORMAT_VERSION}, the newest known here; upgrade priorguide"
         )
-    for name, kind in FIELDS.items():
+    for name, kind in {**FIELDS, **(FIELDS_OF_2 if version >= 2 else {})}.items():
         if name not in manifest or not isinstance(manifest[name], kind):
             raise BundleError(f"{MANIFEST} lacks a proper {name!r}; write bundles with Bundle.save")
+    for name, kind in FIELDS_OF_RECORDED.items():
+        if (recorded := manifest["recorded"]) is not None and not isinstance(recorded.get(name, ()), kind):
+            raise BundleError(
+                f"{MANIFEST} lacks a proper {name!r} of the recorded batch; write bundles with Bundle.save"
+            )
     own = manifest.pop("manifest_sha256", None)
     if not exact or own != hashlib.sha256(canonical(manifest)).hexdigest():
         raise BundleError(f"{MANIFEST} has changed since it was written; get the bundle anew")
@@ -162,13 +172,19 @@ def _read(file: File) -> dict[str, Any]:
 
 
 def _files(folder: File) -> list[str]:
-    """The POSIX paths of all files in the folder; a link or a special file is refused."""
+    """The POSIX paths of all files in the folder; a link or a special file is refused.
+
+    In a snapshot of the Hub's cache, which is all links, those into the same repository's blobs are files.
+    """
     if not folder.is_dir():
         raise BundleError("there is no such folder")
+    blobs = _blobs(folder)
     names = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_symlink():
+        if blobs and name in BESIDE:
+            continue
+        if path.is_symlink() and not (blobs and _lies_in(path, blobs)):
             raise BundleError(f"{name!r} is a link; a bundle holds its files itself")
         if path.is_dir():
             continue
@@ -177,6 +193,20 @@ def _files(folder: File) -> list[str]:
         _check_name(name)
         names.append(name)
     return names
+
+
+def _blobs(folder: File) -> File | None:
+    """Where the files of a snapshot in the Hub's cache lie: models--owner--name/blobs, beside its snapshots/<commit>;
+    None for any other folder."""
+    repository = folder.resolve().parent.parent
+    cached = folder.resolve().parent.name == "snapshots" and repository.name.startswith("models--")
+    return repository / "blobs" if cached and (repository / "blobs").is_dir() else None
+
+
+def _lies_in(link: File, blobs: File) -> bool:
+    """Whether the link leads straight to a regular file in the folder."""
+    target = File(os.path.normpath(link.parent.resolve() / os.readlink(link)))
+    return target.parent == blobs and target.is_file() and not target.is_symlink()
 
 
 def _check_name(name: str) -> None:

@@ -1,19 +1,34 @@
 """`priorguide export`: the run's network and the prior that won, as one bundle that is checked before it is kept."""
 
+import copy
+import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path as File
 from typing import Any
 
+from huggingface_hub import constants
+from torch import Tensor, nn
+
 from ..callbacks.redact import redact
+from ..callbacks.votes import decided
 from ..callbacks.wandb_log import log_bundle
 from ..callbacks.wandb_run import follow_up
+from ..sample.adapter import Adapter
 from ..sample.bundle import Bundle, Recorded
+from ..sample.candidates import with_network
 from ..sample.guidance import Guidance
-from ..sample.manifest import verify
+from ..sample.manifest import new_folder, verify
+from ..sample.model import DiffusionModel
 from ..sample.models import find
+from ..sample.precision import PRECISIONS, at_precision, guided_change
+from ..sample.reference import Reference
 from .compare import comparison_of, refuse_existing
 from .fine_tune import FineTune
 from .fit import FitCLI, last_checkpoint, load_run
@@ -29,8 +44,10 @@ def export_run(
     scales: tuple[float, ...] | None = None,
     out: str | None = None,
     restricted: bool = False,
+    prior_as: str | None = None,
 ) -> File:
-    """Writes the bundle that the comparison's verdict names, or the given prior and scales; verifies it apart."""
+    """Writes the bundle that the comparison's verdict names, or the given prior and scales, aside; a process of its own
+    verifies it and replays its pictures; only then it takes its place. prior_as: see `export`."""
     run = File(run)
     folder = File(out) if out else run / "bundle"
     refuse_existing(folder)
@@ -40,8 +57,11 @@ def export_run(
         raise ValueError(f"there is no {path}: run `priorguide compare {run}` first, or give --prior and --scale")
     cli, state = load_run(run, checkpoint)
     cli.datamodule.setup("fit")
-    export(cli, state, folder, record, prior, scales, restricted)
-    print(verify_apart(folder))
+    with new_folder(folder) as aside:
+        aside.rmdir()
+        export(cli, state, aside, record, prior, scales, restricted, prior_as)
+        said = verify_apart(aside)
+    print(said.replace(str(aside), str(folder)))
     with follow_up(run, "export") as logged:
         log_bundle(logged, File(checkpoint) if checkpoint else last_checkpoint(run), folder, record)
     return folder
@@ -52,21 +72,91 @@ def export_model(run: str | File, checkpoint: str | None = None, out: str | None
     folder = File(out) if out else File(run) / "model"
     refuse_existing(folder)
     cli, state = load_run(run, checkpoint)
-    with cli.model.deployed() as model:
-        Bundle.save(folder, model, provenance=provenance(cli, state))
+    assert isinstance(cli.model, FineTune)
+    with deployed(cli.model) as (model, adapter):
+        Bundle.save(folder, model, provenance=provenance(cli, state), adapter=adapter)
     print(f"a model in {folder}")
     return folder
 
 
-def provenance(cli: FitCLI, state: dict[str, Any]) -> dict[str, Any]:
-    """Where the weights come from: the step, the seed, and what started and fed the training."""
+@contextmanager
+def deployed(fine_tune: FineTune) -> Iterator[tuple[DiffusionModel, Adapter | None]]:
+    """The averaged model with a plain network, as bundles load it, and the adapter that was merged into it, if any."""
+    with fine_tune.averaged() as model:
+        adapted = model.network
+        adapter = adapter_of(adapted) if fine_tune.lora else None
+        if adapter is not None:
+            model.network = adapter.merged().eval().to(next(adapted.parameters()).device)
+        try:
+            yield model, adapter
+        finally:
+            model.network = adapted
+
+
+def adapter_of(network: nn.Module) -> Adapter:
+    """The adapter in a network that peft has adapted, and the plain network below it, as copies on the CPU."""
+    from peft.tuners.lora import LoraLayer
+
+    base, factors = copy.deepcopy(network).cpu(), {}
+    for name, module in list(base.named_modules()):
+        if isinstance(module, LoraLayer):
+            layer: Any = module
+            factor_a, factor_b = (part["default"].weight.detach() for part in (layer.lora_A, layer.lora_B))
+            factors[name] = factor_a, layer.scaling["default"] * factor_b
+            parent, _, child = name.rpartition(".")
+            setattr(base.get_submodule(parent), child, layer.get_base_layer())
+    return Adapter(base.requires_grad_(False).eval(), factors)
+
+
+def provenance(cli: FitCLI, state: dict[str, Any], examples: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Where the weights come from: the step, the seed, what started and fed the training, with the commits of what
+    came from the Hub, and a hash of the held-out `examples`. A bundle is made to be passed on: no secret, and of local
+    paths their last part alone."""
     config = cli.config
+    told = _portable(redact({"model": config.model.as_dict(), "data": config.data.as_dict()}))
     return {
         "step": state.get("global_step"),
         "seed": config.seed_everything,
-        "model": redact(config.model.model.as_dict()),  # a bundle is made to be passed on
-        "data": redact(config.data.as_dict()),
+        "model": told["model"].pop("model"),
+        "fine_tune": told["model"],
+        "data": told["data"],
+        "class_names": list(getattr(cli.datamodule, "class_names", ())),
+        "commits": _commits(config.model.model.as_dict()),
+        "held_out_sha256": _fingerprint(examples) if examples else None,
     }
+
+
+def _portable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _portable(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_portable(item) for item in value]
+    if isinstance(value, str) and (found := re.fullmatch(r"(\w+:)?(?:/(?!/)|~/|[A-Za-z]:\\).*?([^/\\]*)[/\\]*", value)):
+        return f"{found[1] or ''}{found[2]}"
+    return value
+
+
+def _commits(config: Any, found: dict[str, str] | None = None) -> dict[str, str]:
+    """Of every repository on the Hub that a config names, the commit that its cache holds for the revision asked."""
+    found = {} if found is None else found
+    if isinstance(config, dict):
+        for value in config.values():
+            if isinstance(value, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", value):
+                kept = File(constants.HF_HUB_CACHE, f"models--{value.replace('/', '--')}", "refs")
+                ref = kept / str(config.get("revision") or "main")
+                if ref.is_file():
+                    found[value] = ref.read_text().strip()
+            _commits(value, found)
+    return found
+
+
+def _fingerprint(batch: dict[str, Any]) -> str:
+    """SHA-256 of a batch's tensors, by name."""
+    digest = hashlib.sha256()
+    for name in sorted(batch):
+        if isinstance(value := batch[name], Tensor):
+            digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def export(
@@ -77,21 +167,39 @@ def export(
     prior: str | None = None,
     scales: tuple[float, ...] | None = None,
     restricted: bool = False,
+    prior_as: str | None = None,
 ) -> Recorded:
-    """Writes the bundle, its recorded batch from the first held-out conditions, and returns that batch."""
+    """Writes the bundle, its recorded batch from the first held-out conditions, and returns that batch.
+
+    prior_as: how a prior that is another network is stored: float32, a precision of PRECISIONS, with the change of the
+    guided prediction measured on the recorded pictures, or owner/name@revision, where it lies on the Hub.
+    """
     callback, fine_tune = comparison_of(cli), cli.model
     assert isinstance(fine_tune, FineTune)
-    verdict = (record or {}).get("verdict") or {}
+    verdict = decided(record or {})
     name = prior or verdict["prior"]
     wanted = scales or tuple(verdict["chosen"].get(name, verdict["scales"]))
     if name not in callback.priors:
         raise ValueError(f"prior must be among the run's candidates {sorted(callback.priors)}, got {name!r}")
-    with fine_tune.deployed() as model:
-        guidance: Guidance = callback.candidates(model, [wanted])[name, wanted]
+    held = None if prior_as in (None, "float32") else prior_as if prior_as in PRECISIONS else Reference.parse(prior_as)
+    with fine_tune.averaged() as model:
+        whole: Guidance = callback.candidates(model, [wanted])[name, wanted]
+    with deployed(fine_tune) as (model, adapter):
+        guidance = whole = _with_plain_prior(whole, model)
+        if isinstance(held, str):
+            if guidance.prior is None:
+                raise ValueError(f"{name} guides by the fine-tuned network itself: leave --prior-as out")
+            guidance = replace(guidance, prior=at_precision(guidance.prior, held))
         count = min(RECORDED_PICTURES, callback.num_conditions)
-        condition = model.encode_condition(cli.datamodule.held_out(count))  # type: ignore[attr-defined]
+        examples = cli.datamodule.held_out(count)  # type: ignore[attr-defined]
+        condition = model.encode_condition(examples)
         seeds = [callback.seed + i for i in range(count)]
         recorded = Recorded.draw(model, condition, seeds, guidance, callback.sampler)
+        change = None
+        if guidance is not whole:
+            x_0 = model.encode_pixels(recorded.pictures.to(next(model.network.parameters()).device))
+            change = guided_change(model, whole, guidance, x_0, condition)
+            print(f"the prior in {held} moves the guided prediction by {change['mean_relative_rms']:.2e} of its size")
         Bundle.save(
             folder,
             model,
@@ -99,10 +207,22 @@ def export(
             sampler=callback.sampler,
             recorded=recorded,
             evidence=record,
-            provenance=provenance(cli, state),
+            provenance=provenance(cli, state, examples),
             restricted=restricted,
+            adapter=adapter,
+            prior_held=held,
+            prior_change=change,
         )
     return recorded
+
+
+def _with_plain_prior(guidance: Guidance, model: DiffusionModel) -> Guidance:
+    """A prior from an earlier checkpoint of an adapter's run is adapted itself: merged, as the model is."""
+    prior = guidance.prior
+    if prior is None or prior.model is model or not any("lora_" in name for name, _ in prior.model.named_parameters()):
+        return guidance
+    network = adapter_of(prior.model.network).merged().eval().to(next(prior.model.network.parameters()).device)
+    return replace(guidance, prior=replace(prior, model=with_network(prior.model, network)))
 
 
 def verify_apart(folder: File) -> str:

@@ -27,7 +27,7 @@ def pretrained(pretrained_model_name_or_path: str, revision: str | None = None) 
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; the models that ship with priorguide are {sorted(SHIPPED)}") from error
     if (path / MANIFEST).is_file():
-        return Bundle.load(path).model
+        return Bundle.from_pretrained(name, revision=revision).model
     found = recognise(path)
     if len(found) != 1:
         taken = f"more than one model takes it ({', '.join(model.__name__ for model in found)})"

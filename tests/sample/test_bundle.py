@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import pickle
-import random
 import resource
 import shutil
 import subprocess
@@ -395,7 +394,7 @@ def change(*path, to):
 
 
 FORGERIES = {
-    "newer format": (change("format_version", to=2), "upgrade priorguide"),
+    "newer format": (change("format_version", to=3), "upgrade priorguide"),
     "parent": (list_file("../outside.json"), "may leave the folder"),
     "absolute": (list_file("/etc/outside.json"), "may leave the folder"),
     "backslash": (list_file("..\\outside.json"), "may leave the folder"),
@@ -463,52 +462,3 @@ def test_weights_and_nulls_must_be_the_models_own(copy, tmp_path):
     save_file(tensors, other / WEIGHTS, {"format": "pt"})
     forge(other)
     assert "conv_in.weight" in refused(Bundle.load, other)
-
-
-def test_fuzz(saved, tmp_path):
-    """Whatever is flipped, cut, swapped, deleted, added or edited, `verify` says so."""
-    draw = random.Random(0)
-    names = sorted(path.relative_to(saved).as_posix() for path in saved.rglob("*") if path.is_file())
-
-    def swap(folder):
-        first, second = draw.sample(names, 2)
-        (folder / first).rename(folder / "held")
-        (folder / second).rename(folder / first)
-        (folder / "held").rename(folder / second)
-
-    def edit(folder):
-        file = folder / draw.choice([name for name in names if name.endswith(".json")])
-        value = json.loads(file.read_text())
-        value[draw.choice(sorted(value))] = draw.choice([None, 0, "x", [], {}, True, -1.5, "../x"])
-        file.write_bytes(canonical(value))
-
-    def cut(folder):
-        file = folder / draw.choice(names)
-        os.truncate(file, draw.randrange(file.stat().st_size))
-
-    def pick(folder):
-        return folder / draw.choice(names)
-
-    def flip_any(folder):
-        file = pick(folder)
-        flip(file, draw.randrange(file.stat().st_size), draw.randrange(8))
-
-    damages = [
-        flip_any,
-        flip_any,
-        cut,
-        swap,
-        edit,
-        lambda folder: pick(folder).unlink(),
-        lambda folder: (pick(folder).parent / draw.choice(["a.json", "b.pkl", "c", "d.safetensors"])).write_text("{}"),
-        lambda folder: pick(folder).write_bytes(pick(folder).read_bytes() + b"\n"),
-    ]
-    for case in range(120):
-        folder = shutil.copytree(saved, tmp_path / str(case))
-        before = {name: (folder / name).read_bytes() for name in names}
-        verify(folder)
-        draw.choice(damages)(folder)
-        after = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        if after != before:  # an edit may set what was there
-            refused(verify, folder)
-        shutil.rmtree(folder)

@@ -1,0 +1,157 @@
+"""`priorguide export`: aside, verified, then in place; adapters as base and adapter; how priors are stored."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from runs import CONFIGS
+from safetensors.torch import load_file
+
+from priorguide.sample.bundle import Bundle
+from priorguide.sample.candidates import Candidate
+from priorguide.sample.model import DiffusionModel
+from priorguide.sample.models.instruct_pix2pix import InstructPix2Pix
+from priorguide.sample.models.stable_diffusion import StableDiffusion
+from priorguide.train import export as exporting
+from priorguide.train.adapters import Lora
+from priorguide.train.cli import main
+from priorguide.train.compare import comparison_of
+from priorguide.train.export import _portable, adapter_of, deployed, export
+from priorguide.train.fine_tune import FineTune
+from priorguide.train.fit import load_run
+
+
+@pytest.fixture(scope="module")
+def adapted_run(tmp_path_factory) -> Path:
+    """The folder of two steps with an adapter."""
+    run = tmp_path_factory.mktemp("adapted") / "run"
+    configs = [word for name in ("instruct_pix2pix", "instruct_pix2pix_offline", "lora") for word in config(name)]
+    options = ["--trainer.max_steps", "2", "--checkpoint.every_n_train_steps", "2", "--threads", "1"]
+    assert main(["fit", *configs, *options, "--trainer.default_root_dir", str(run)]) == 0
+    return run
+
+
+def config(name):
+    return "--config", str(CONFIGS / f"{name}.yaml")
+
+
+def test_nothing_takes_its_place_before_it_is_verified(run, tmp_path, monkeypatch, capsys):
+    out, seen = tmp_path / "out", []
+
+    def fails(folder):
+        seen.append((Path(folder), (Path(folder) / "priorguide.json").is_file(), out.exists()))
+        raise RuntimeError("the bundle does not reproduce its pictures: no")
+
+    monkeypatch.setattr(exporting, "verify_apart", fails)
+    assert main(["export", str(run), "--out", str(out)]) == 1
+    assert "does not reproduce its pictures" in capsys.readouterr().err
+    ((aside, whole, there),) = seen
+    assert whole and not there and aside.parent == tmp_path
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapters_run_exports_its_base_and_the_adapter(adapted_run, tmp_path):
+    out = tmp_path / "bundle"
+    assert main(["export", str(adapted_run), "--prior", "sd15", "--scale", "1.5:7.5", "--out", str(out)]) == 0
+    bundle = Bundle.load(out)  # export has replayed it in a process of its own
+    assert bundle.manifest["model"]["stored"] == {"form": "adapter"}
+    assert load_file(out / "unconditional_unet" / "part.safetensors").keys() == {"conv_in.weight", "conv_in.bias"}
+    base = StableDiffusion.tiny().network.state_dict()
+    unet = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {name for name in unet if not torch.equal(unet[name], base[name])} == {"conv_in.weight", "conv_in.bias"}
+    assert any(tensor.abs().max() > 0 for name, tensor in load_file(adapter_file(out)).items() if "lora_B" in name)
+    told = bundle.manifest["provenance"]
+    assert told["fine_tune"]["lora"]["rank"] == 16 and len(told["held_out_sha256"]) == 64
+    assert str(adapted_run) not in (out / "priorguide.json").read_text()
+
+
+def adapter_file(folder):
+    return folder / "pytorch_lora_weights.safetensors"
+
+
+def test_a_prior_from_an_adapters_checkpoint_is_merged_too(adapted_run, tmp_path):
+    cli, state = load_run(adapted_run)
+    cli.datamodule.setup("fit")
+    last = str(adapted_run / "checkpoints" / "last.ckpt")
+    comparison_of(cli).priors["earlier"] = Candidate(checkpoint=last, weights="model")
+    export(cli, state, tmp_path / "bundle", None, "earlier", (1.5, 7.5))
+    bundle = Bundle.load(tmp_path / "bundle")
+    assert bundle.replay().identical
+    assert not any("lora" in name for name, _ in bundle.guidance.prior.model.named_parameters())
+
+
+def test_a_prior_in_fewer_bits(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(exporting, "verify_apart", lambda folder: "not verified apart")
+    choice = ["--prior", "base", "--scale", "2", "--prior-as"]
+    sizes = {}
+    for precision in ("float32", "bfloat16", "int8", "nf4"):
+        out = tmp_path / precision
+        assert main(["export", str(run), *choice, precision, "--out", str(out)]) == 0
+        bundle = Bundle.load(out)
+        assert bundle.replay().identical
+        stored = bundle.manifest["prior"]["stored"]
+        sizes[precision] = sum(file.stat().st_size for file in (out / "unconditional_unet").glob("*.safetensors"))
+        if precision != "float32":
+            assert stored["form"] == precision and 0 < stored["change"]["mean_relative_rms"] < 0.5
+            assert f"the prior in {precision} moves the guided prediction by" in capsys.readouterr().out
+    assert sizes["nf4"] < sizes["int8"] < sizes["bfloat16"] < sizes["float32"]
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["--prior", "self", "--prior-as", "int8"], "leave --prior-as out"),
+        (["--prior", "base", "--prior-as", "int4"], "is named owner/name@revision, got 'int4'"),
+    ],
+)
+def test_priors_that_cannot_be_stored_so(run, tmp_path, capsys, given, sentence):
+    assert main(["export", str(run), "--scale", "2", "--out", str(tmp_path / "out"), *given]) == 1
+    assert sentence in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_is_taken_apart_without_a_trace():
+    torch.manual_seed(0)
+    model: DiffusionModel = InstructPix2Pix.from_base(StableDiffusion.tiny(), resolution=16)
+    before = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
+    tuning = FineTune(model, lora=Lora(rank=2, lora_alpha=6), ema_decay=0).eval()
+    with torch.no_grad():
+        for parameter in (p for name, p in model.network.named_parameters() if "lora_" in name):
+            parameter += 0.1 * torch.randn_like(parameter)
+    adapted = model.network
+    x_t, t = torch.randn(2, *model.shape), torch.tensor([10.0, 900.0])
+    condition = {"image": torch.randn(2, *model.shape), "text": model.null_text.expand(2, -1, -1)}
+    with torch.no_grad(), deployed(tuning) as (plain, adapter):
+        assert plain is model and model.network is not adapted and adapter is not None
+        merged = model.denoise(x_t, t, condition)
+        base = adapter.base.state_dict()
+        assert base.keys() == before.keys() and all(torch.equal(base[name], before[name]) for name in base)
+        assert model.network.state_dict().keys() == before.keys()
+    assert model.network is adapted
+    with torch.no_grad():
+        expected = model.denoise(x_t, t, condition)
+    torch.testing.assert_close(merged, expected, rtol=0, atol=1e-5)
+    assert adapter_of(adapted).factors.keys() == adapter.factors.keys()
+
+
+def test_provenance_has_no_path_of_the_machine():
+    told = {
+        "source": "/home/me/pictures/",
+        "idx": "idx:/data/mine",
+        "windows": "C:\\Users\\me\\x",
+        "home": "~/a/b.ckpt",
+        "hub": "owner/name",
+        "list": ["/a/b", 3],
+        "url": "https://host/a",
+    }
+    assert _portable(told) == {
+        "source": "pictures",
+        "idx": "idx:mine",
+        "windows": "x",
+        "home": "b.ckpt",
+        "hub": "owner/name",
+        "list": ["b", 3],
+        "url": "https://host/a",
+    }
+    assert json.dumps(_portable(told))

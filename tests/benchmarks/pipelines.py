@@ -1,0 +1,175 @@
+"""What guidance costs in a stock pipeline, way by way: seconds, evaluations, memory.
+
+    python tests/benchmarks/pipelines.py [--rounds 5] [--batch 2] [--steps 6] [--threads 1]
+
+A U-Net of Stable Diffusion's proportions at a fifth of its width (random weights, latents of 32 x 32, one context of 77
+tokens), in diffusers' own pipeline without its autoencoder. Seconds are medians of calls taken in turns in one process,
+after one uncounted round; memory is that of a process of its own per way: its peak after a call of two steps, beside
+that of self guidance. Ratios carry over to other machines, seconds do not.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+from priorguide.sample.pipeline import prior_guidance
+
+WIDTHS, CONTEXT, RANK = (64, 128, 256, 256), 160, 16
+WAYS = {
+    "conditional alone": {"scale": 1.0},
+    "self": {},
+    "base": {"prior": True},
+    "base, refreshed every 2nd step": {"prior": True, "refresh": 2},
+    "base, in the middle half of the steps": {"prior": True, "interval": (250.0, 750.0)},
+    "self, LoRA unmerged": {"lora": True},
+    "LoRA's base in one pass": {"lora": True, "adapter": True},
+    "LoRA merged, base beside it": {"lora": True, "merged": True, "prior": True},
+}
+
+
+def unet(seed: int) -> UNet2DConditionModel:
+    torch.manual_seed(seed)
+    network = UNet2DConditionModel(
+        sample_size=32,
+        block_out_channels=WIDTHS,
+        cross_attention_dim=CONTEXT,
+        attention_head_dim=8,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    )
+    return network.eval()
+
+
+def with_lora(network: Any, merged: bool) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    names = ["to_q", "to_k", "to_v", "to_out.0"]
+    inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names), network, "default")
+    for name, parameter in network.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    if merged:
+        for name, layer in list(network.named_modules()):
+            if hasattr(layer, "get_base_layer"):
+                layer.merge()
+                parent, _, child = name.rpartition(".")
+                setattr(network.get_submodule(parent), child, layer.get_base_layer())
+    network.eval()
+
+
+def call(
+    batch: int,
+    steps: int,
+    scale: float = 7.5,
+    prior: bool = False,
+    lora: bool = False,
+    merged: bool = False,
+    adapter: bool = False,
+    **options: Any,
+) -> tuple[Callable[[], None], dict[str, int]]:
+    """A call of the pipeline, and the rows per picture that its networks have been given, by network."""
+    own, rows = unet(0), {"own": 0, "prior": 0}
+    if lora:
+        with_lora(own, merged)
+    base = unet(0 if lora else 1) if prior else None
+    for name, network in (("own", own), ("prior", base)):
+        if network is not None:
+            count(network, name, rows)
+    pipe = StableDiffusionPipeline(
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        unet=own,
+        scheduler=DDIMScheduler(
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            steps_offset=1,
+            clip_sample=False,
+            timestep_spacing="trailing",
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    context = {name: torch.randn(batch, 77, CONTEXT) for name in ("prompt_embeds", "negative_prompt_embeds")}
+    latents, network = torch.randn(batch, 4, 32, 32), base if prior else "base" if adapter else None
+
+    def run() -> None:
+        with prior_guidance(pipe, network, **options) if network is not None else nullcontext():
+            pipe(
+                **context, latents=latents, guidance_scale=scale, num_inference_steps=steps, output_type="latent"
+            )  # no warm-up within: the first round is not counted
+
+    return run, rows
+
+
+def count(network: Any, name: str, rows: dict[str, int]) -> None:
+    """Adds the rows of each evaluation of the network to rows[name]: its first layer sees them all."""
+
+    def add(module: Any, args: tuple[Any, ...]) -> None:
+        rows[name] += len(args[0])
+
+    network.conv_in.register_forward_pre_hook(add)
+
+
+def peak() -> int:
+    return (1 if sys.platform == "darwin" else 1024) * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.peak:
+        call(arguments.batch, 2, **WAYS[arguments.peak])[0]()
+        print(json.dumps(peak()))
+        return
+    peaks = {way: apart(way, arguments.batch, arguments.threads) for way in WAYS}
+    calls = {way: call(arguments.batch, arguments.steps, **options) for way, options in WAYS.items()}
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    for number in range(arguments.rounds + 1):
+        for way, (run, rows) in calls.items():
+            rows |= dict.fromkeys(rows, 0)
+            start = time.process_time()
+            run()
+            if number:
+                seconds[way].append(time.process_time() - start)
+    typical = {way: statistics.median(values) for way, values in seconds.items()}
+    parameters = sum(p.numel() for p in unet(0).parameters())
+    print(f"{parameters / 1e6:.1f} M parameters, batch {arguments.batch}, {arguments.steps} steps of DDIM\n")
+    print("| guidance | seconds | beside self | evaluations, own + prior | peak memory beside self |")
+    print("|---|---|---|---|---|")
+    for way, (_, rows) in calls.items():
+        own, other = (rows[name] // arguments.batch for name in ("own", "prior"))
+        more = (peaks[way] - peaks["self"]) / 2**20
+        print(
+            f"| {way} | {typical[way]:.2f} | {typical[way] / typical['self']:.2f} | {own} + {other} | {more:+.0f} MiB |"
+        )
+
+
+def apart(way: str, batch: int, threads: int) -> int:
+    """The peak of a process of its own."""
+    command = [sys.executable, __file__, "--peak", way, "--batch", str(batch), "--threads", str(threads)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return int(json.loads(done.stdout.splitlines()[-1]))
+
+
+if __name__ == "__main__":
+    main()

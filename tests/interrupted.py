@@ -113,5 +113,7 @@ def held(folder: Path) -> dict[str, Any]:
     """The run's last checkpoint, whole, less where it lies and what Lightning counts of time."""
     state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     names = ("state_dict", "optimizer_states", "lr_schedulers", "random", "global_step", "epoch")
+    for group in state["optimizer_states"][0]["param_groups"]:
+        group["betas"] = tuple(group["betas"])  # a list once it was loaded under ModelParallelStrategy
     histories = [callback["history"] for callback in state["callbacks"].values() if "history" in callback]
     return {**{name: state[name] for name in names}, "history": histories}

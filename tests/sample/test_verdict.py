@@ -248,6 +248,15 @@ def test_kernels_decide_and_guard_alike():
         decide(arms, None, Rule("mmd", {}))
 
 
+def test_scales_are_chosen_by_the_kernel_that_decides():
+    generator = torch.Generator().manual_seed(0)
+    reference, near, shifted = (torch.randn(100, 8, generator=generator) for _ in range(3))
+    near[0] *= 20  # one sample far out rules the cubic kernel, not the Gaussian
+    arms = {("self", (2.0,)): Scores(near), ("self", (3.0,)): Scores(shifted + 0.5)}
+    chosen = {metric: decide(arms, reference, Rule(metric, {})).scales for metric in ("kid", "mmd")}
+    assert chosen == {"kid": (3.0,), "mmd": (2.0,)}
+
+
 def kid_arms(world: World, count: int, **arms: tuple[float, float]) -> dict[tuple[str, tuple[float, ...]], Scores]:
     conditions = world.conditions(count)
     return {(name, (scale,)): Scores(world.draw(conditions, shift)) for name, (scale, shift) in arms.items()}

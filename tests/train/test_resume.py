@@ -1,12 +1,16 @@
-"""A run that was interrupted and goes on is the run that was not, bit for bit; and its checkpoints are whole."""
+"""A run that was interrupted and goes on is the run that was not, bit for bit."""
 
 import itertools
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
 from fits import same
-from interrupted import STEPS, fit, held, make_pictures
+from interrupted import fit, held, make_pictures
 
 
 class Crash(L.Callback):
@@ -14,9 +18,6 @@ class Crash(L.Callback):
 
     def __init__(self, number: int):
         self.number, self.seen = number, itertools.count(1)
-
-    def on_before_zero_grad(self, trainer, pl_module, optimizer):
-        pass
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         torch.rand(3)  # others may draw between two steps
@@ -35,10 +36,41 @@ def undisturbed(pictures, tmp_path_factory):
     return folder
 
 
-def test_a_run_that_crashed_at_any_batch_ends_as_the_undisturbed_one(pictures, undisturbed, tmp_path):
-    for number in (1, 4, 6, 8, 9, 10, 11, 12, 14, 16, 19):
+def test_a_run_that_crashed_ends_as_the_undisturbed_one(pictures, undisturbed, tmp_path):
+    """In mid-accumulation, at the end of an epoch, in the next one."""
+    for number in (6, 9, 12):
         folder = tmp_path / str(number)
         with pytest.raises(RuntimeError, match="crash"):
             fit(pictures, folder, callbacks=(Crash(number),), workers=0)
         fit(pictures, folder, resume=True, workers=0)
         assert same(held(folder), held(undisturbed)), number
+
+
+def test_a_run_that_is_made_longer_goes_on_in_mid_epoch(pictures, tmp_path):
+    plain = {"lr_scheduler": "constant", "workers": 0}
+    fit(pictures, tmp_path / "long", steps=4, **plain)
+    fit(pictures, tmp_path / "short", steps=3, **plain)
+    fit(pictures, tmp_path / "short", steps=4, resume=True, **plain)
+    assert same(held(tmp_path / "short"), held(tmp_path / "long"))
+
+
+def test_what_is_drawn_between_two_steps_changes_no_training(pictures, tmp_path):
+    class Drawing(L.Callback):
+        def on_train_batch_start(self, *_):
+            torch.rand(number)
+
+    for number in (0, 5):
+        fit(pictures, tmp_path / str(number), steps=3, workers=0, callbacks=(Drawing(),))
+    assert same(held(tmp_path / "0"), held(tmp_path / "5"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [("--kills", "12"), ("--kills", "3", "--processes", "2")], ids=["one", "two"])
+def test_runs_that_were_killed_end_as_the_undisturbed_one(arguments):
+    script = Path(__file__).parent.parent / "benchmarks" / "kill.py"
+    done = subprocess.run(
+        [sys.executable, script, *arguments], capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs, all_runs = re.search(r"(\d+) of (\d+) runs equal", done.stdout).groups()
+    assert runs == all_runs == arguments[1]

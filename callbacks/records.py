@@ -69,5 +69,6 @@ def write_comparison(folder: File, step: int, evaluation: Evaluation, batch: dic
     """The panel `panel-<step>`, and one line of metrics.jsonl, in the folder."""
     write_panel(folder / f"panel-{step:08d}", evaluation, batch)
     lines = folder / "metrics.jsonl"
-    earlier = lines.read_text() if lines.exists() else ""
-    write_whole(lines, earlier + json.dumps({"step": step, "rows": evaluation.rows()}) + "\n")
+    held = lines.read_text().splitlines() if lines.exists() else []
+    earlier = [line for line in held if json.loads(line)["step"] < step]  # a run that was killed may come here again
+    write_whole(lines, "\n".join([*earlier, json.dumps({"step": step, "rows": evaluation.rows()})]) + "\n")

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
@@ -114,9 +115,15 @@ class PictureData(LightningDataModule, ABC):
             collate_fn=partial(_collate, self.transform),
             num_workers=workers,
             persistent_workers=workers > 0,
+            worker_init_fn=_leave_sigterm,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.seed),  # else each epoch draws from the global generator
         )
+
+
+def _leave_sigterm(_: int) -> None:
+    """A signal to the whole process group is the run's to answer: a worker that died of it would end the run badly."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class Order(DistributedSampler):

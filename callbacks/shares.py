@@ -16,8 +16,9 @@ def check_enough(data: Any, conditions: int, reference: int) -> None:
     held = getattr(getattr(data, "splits", None), "held", None)
     if held is not None and len(held) < conditions + reference:
         raise ValueError(
-            f"the comparison needs {conditions} conditions (num_conditions) and {reference} other pictures "
-            f"(num_reference) that are held out, the data hold out {len(held)}: lower these, or raise val_fraction"
+            f"the comparison needs {conditions} held-out conditions (num_conditions) and {reference} others to compare "
+            f"with (num_reference, where there is a metric network), the data hold out {len(held)}: lower these, or raise "
+            "val_fraction"
         )
 
 

@@ -229,10 +229,16 @@ def read_camera(path: File) -> Tensor:
     """The centre (3,) of the camera whose world-to-camera matrix, 3 x 4 or 4 x 4, a .npy file holds."""
     try:
         matrix = np.load(path, allow_pickle=False)
-        if matrix.shape not in ((3, 4), (4, 4)) or not np.isfinite(matrix).all():
+        if matrix.shape not in ((3, 4), (4, 4)):
             raise ValueError(f"found shape {matrix.shape}")
+        if not np.isfinite(matrix).all():
+            raise ValueError("found values that are not finite")
+        if not np.allclose(matrix[:3, :3] @ matrix[:3, :3].T, np.eye(3), atol=1e-2) or not matrix[:3, 3].any():
+            raise ValueError("found no rotation, or a camera in the object's centre")
     except (OSError, ValueError, TypeError, EOFError) as error:
-        raise ValueError(f"{path} must hold a world-to-camera matrix, 3 x 4 finite numbers: {error}") from error
+        raise ValueError(
+            f"{path} must hold a world-to-camera matrix, 3 x 4 finite numbers, a rotation and a shift: {error}"
+        ) from error
     return torch.from_numpy(-matrix[:3, :3].T.astype(np.float64) @ matrix[:3, 3].astype(np.float64))
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from priorguide.data.solids import Solid, draw_solid, look_from, render
-from priorguide.data.views import ObjectViews, relative_pose
+from priorguide.data.views import ObjectViews, read_camera, relative_pose
 
 SIZE = 8
 ANGLES = [(1.0, 0.3, 1.5), (1.2, -2.0, 1.8), (0.4, 2.5, 2.1), (2.0, 3.0, 1.6)]
@@ -236,3 +236,10 @@ def test_a_rendered_cube_is_where_it_should_be():
     )  # blue top, red front
     aside = render(cube, look_from(math.pi / 2, math.pi / 4, 2.0), 33)
     assert aside[0, 16, 12] > 100 > aside[1, 16, 12] and aside[1, 16, 20] > 100 > aside[0, 16, 20]  # +y to the right
+
+
+@pytest.mark.parametrize("matrix", [np.zeros((3, 4)), np.eye(4)[:3], 5 * np.eye(4)[:3] + 1, np.full((3, 4), np.nan)])
+def test_a_camera_that_cannot_be_is_refused(tmp_path, matrix):
+    np.save(tmp_path / "000.npy", matrix)
+    with pytest.raises(ValueError, match=r"000\.npy must hold a world-to-camera matrix.*found"):
+        read_camera(tmp_path / "000.npy")

@@ -317,7 +317,7 @@ def test_scales_that_do_not_fit(refused, run, tmp_path):
 
 def test_more_conditions_than_there_are(refused, run, tmp_path):
     said = refused("compare", run, "--out", tmp_path / "out", "--conditions", "100")
-    assert "needs 100 conditions (num_conditions) and 20 other pictures" in said and "the data hold out 40" in said
+    assert "needs 100 held-out conditions (num_conditions) and 20 others" in said and "the data hold out 40" in said
     assert not (tmp_path / "out").exists()
 
 

@@ -17,8 +17,8 @@ def check_enough(data: Any, conditions: int, reference: int) -> None:
     if held is not None and len(held) < conditions + reference:
         raise ValueError(
             f"the comparison needs {conditions} held-out conditions (num_conditions) and {reference} others to compare "
-            f"with (num_reference, where there is a metric network), the data hold out {len(held)}: lower these, or raise "
-            "val_fraction"
+            f"with (num_reference, where there is a metric network), the data hold out {len(held)}: lower these, or "
+            "raise val_fraction"
         )
 
 

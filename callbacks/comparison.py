@@ -21,7 +21,7 @@ from ..sample.health import Health, null_health
 from ..sample.loop import Sampler
 from ..sample.metrics import USUAL, check_metrics
 from ..sample.model import Condition, DiffusionModel
-from ..sample.saturation import Saturation, energies, saturation
+from ..sample.saturation import Energies, saturation
 from ..sample.verdict import Rule
 from .preemption import stopping, together
 from .records import write_comparison
@@ -196,19 +196,19 @@ class PriorComparison(L.Callback):
             part = to_device({name: rows(value, mine) for name, value in batch.items()}, device)
             seeds = [self.seed + int(i) for i in mine]
 
-            def draw(size: int) -> tuple[Condition, dict[Arm, Tensor]]:
-                condition = encode(model, part, size)
-                options: dict[str, Any] = {"batch_size": size, "on_step": on_step}
-                return condition, compare(model, condition, seeds, candidates, self.sampler, **options)
+            def draw(size: int) -> tuple[Condition, dict[Arm, Tensor], Energies]:
+                condition, watch = encode(model, part, size), Energies()
+                options: dict[str, Any] = {"batch_size": size, "on_step": on_step, "on_guided": watch if full else None}
+                return condition, compare(model, condition, seeds, candidates, self.sampler, **options), watch
 
             with together(pl_module.trainer) if world > 1 else nullcontext():
-                (condition, pictures), self.batch_size = within_memory(draw, self.batch_size)
+                (condition, pictures, watch), self.batch_size = within_memory(draw, self.batch_size)
             if world > 1:
                 pictures = gather(pl_module, pictures, n, world)
             if not all(images.isfinite().all() for images in pictures.values()):
                 raise ValueError("the pictures are no longer finite: lower the learning rate, or clip gradients")
             costs = costs_of(model, condition, candidates, self.sampler, self.batch_size) if full else None
-            return judge(
+            evaluation = judge(
                 pictures,
                 network=self.metric_network,  # type: ignore[arg-type]
                 reference=data.reference(self.num_reference, offset=n) if self._reference() else None,
@@ -224,6 +224,12 @@ class PriorComparison(L.Callback):
                 costs=costs,
                 floor=batch.get("pixels") if full else None,
             )
+            if not full:
+                return evaluation
+            energy, real = watch.means(), batch["pixels"]
+            return replace(
+                evaluation, saturation={arm: saturation(pictures[arm], real, energy[arm]) for arm in pictures}
+            )
 
     def health(self, pl_module: L.LightningModule, data: Any, n: int) -> dict[str, Health]:
         """The null prediction of every network on n held-out pictures, see `null_health`."""
@@ -235,20 +241,6 @@ class PriorComparison(L.Callback):
                 x_0 = torch.cat([clean for clean, _ in encoded])
                 plain = {name: prior for name, prior in priors.items() if prior is None or not prior.keep}
                 return null_health(model, plain, x_0, condition, batch_size=self.batch_size)
-
-    def saturation(self, pl_module: L.LightningModule, data: Any, evaluation: Evaluation) -> dict[Arm, Saturation]:
-        """How far each arm of an evaluation goes, beside the real pictures of its conditions."""
-        n = len(next(iter(evaluation.pictures.values())))
-        few = min(n, 16)
-        with isolate_rng(), torch.no_grad(), pl_module.averaged() as model:  # type: ignore[operator]
-            every = self.candidates(model, list(dict.fromkeys(scales for _, scales in evaluation.pictures)))
-            candidates = {arm: every[arm] for arm in evaluation.pictures}
-            with self.on_device(pl_module.device):
-                condition = encode(model, to_device(data.held_out(few), pl_module.device), self.batch_size)
-                seeds = range(self.seed, self.seed + few)
-                energy = energies(model, condition, list(seeds), candidates, self.sampler)
-        real = data.held_out(n)["pixels"]
-        return {arm: saturation(images, real, energy[arm]) for arm, images in evaluation.pictures.items()}
 
     @contextmanager
     def on_device(self, device: torch.device) -> Iterator[None]:

@@ -76,7 +76,7 @@ def _only_checkpoint(folder: File) -> File:
         found = sorted(folder.glob(f"*{suffix}"))
         found = [file for file in found if "." not in file.name.removesuffix(suffix)] or found
         if len(found) > 1:
-            names = _some([file.name for file in found])
+            names = some([file.name for file in found])
             raise ValueError(f"{folder} holds more than one checkpoint, name one: {names}")
         if found:
             return found[0]
@@ -99,7 +99,7 @@ def _read_shards(index: File) -> dict[str, Tensor]:
         shard = read_checkpoint(index.parent / name)
         own = [tensor for tensor, file in placed.items() if file == name]
         if missing := set(own) - shard.keys():
-            raise ValueError(f"{index.parent / name} lacks {_some(missing)}, which {index.name} says it holds")
+            raise ValueError(f"{index.parent / name} lacks {some(missing)}, which {index.name} says it holds")
         held |= {tensor: shard[tensor] for tensor in own}
     return held
 
@@ -117,7 +117,7 @@ def read_folder(network_class: Any, folder: str | File) -> Any:
         raise ValueError(f"{folder} is no whole {network_class.__name__}: {str(error).splitlines()[0]}") from error
     for what, names in (("lacks", about["missing_keys"]), ("has besides", about["unexpected_keys"])):
         if names:
-            raise ValueError(f"{folder} does not fit {network_class.__name__}: it {what} {_some(names)}")
+            raise ValueError(f"{folder} does not fit {network_class.__name__}: it {what} {some(names)}")
     return network
 
 
@@ -153,7 +153,7 @@ def load_exactly(network: nn.Module, state: Mapping[str, Tensor], path: str | Fi
         if name in state and state[name].shape != own[name].shape
     ]
     faults = [
-        f"{what} {_some(names)}"
+        f"{what} {some(names)}"
         for what, names in (
             ("lacks", own.keys() - state.keys()),
             ("has besides", state.keys() - own.keys()),
@@ -167,6 +167,7 @@ def load_exactly(network: nn.Module, state: Mapping[str, Tensor], path: str | Fi
     network.load_state_dict(cast, assign=any(tensor.is_meta for tensor in own.values()))
 
 
-def _some(names: Collection[str], most: int = 4) -> str:
+def some(names: Collection[str], most: int = 4) -> str:
+    """The first of the names, and how many more there are."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(sorted(names)[:most]) + rest

@@ -35,11 +35,13 @@ def compare(
     *,
     batch_size: int = 64,
     on_step: Callable[[int, int], None] | None = None,
+    on_guided: Callable[[Arm, Tensor, Tensor], None] | None = None,
 ) -> dict[Arm, Tensor]:
     """Pixels (N, C, H, W) in [0, 1], on the CPU, of every arm, from the same noise and conditions.
 
     Arms advance together, `batch_size` conditions at a time. Arms that evaluate no prior (lowest scale 1) and
-    are otherwise alike are sampled once. `on_step` is called with (steps done, steps in all).
+    are otherwise alike are sampled once. `on_step` is called with (steps done, steps in all), `on_guided` at each step
+    with (arm, its guided prediction, its most conditioned one).
     """
     scheduler = sampler.make(model)
     unique: dict[object, Guidance] = {}
@@ -49,6 +51,12 @@ def compare(
         key = how if guidance.scales[0] == 1 else arm
         same[arm] = key
         unique.setdefault(key, guidance)
+
+    def watch(number: int, guided: Tensor, conditional: Tensor) -> None:
+        key = list(unique)[number]
+        for arm in (arm for arm in candidates if same[arm] == key):
+            on_guided(arm, guided, conditional)  # type: ignore[misc]
+
     chunks = range(0, len(seeds), batch_size)
     done: dict[object, list[Tensor]] = {key: [] for key in unique}
     for number, start in enumerate(chunks):
@@ -67,6 +75,7 @@ def compare(
             steps=sampler.steps,
             eta=sampler.eta,
             on_step=report,
+            on_guided=watch if on_guided else None,
         )
         for key, latent in zip(unique, x_0, strict=True):
             done[key].append(model.decode(latent).float().cpu())

@@ -15,6 +15,7 @@ from .guidance import Arm, Guidance, Scales
 from .loop import Sampler
 from .metrics import USUAL, Scores, check_metrics, score_as_asked, summarise
 from .model import Condition, DiffusionModel
+from .saturation import Saturation
 from .verdict import Rule, Verdict, decide
 
 
@@ -27,6 +28,7 @@ class Evaluation:
     costs: dict[Arm, Cost] = field(default_factory=dict)
     verdict: Verdict | None = None
     floor: dict[str, Estimate] = field(default_factory=dict)
+    saturation: dict[Arm, Saturation] = field(default_factory=dict)
 
     def rows(self) -> list[dict[str, Any]]:
         """One JSON-able row per arm; arms of lowest scale 1 evaluate no prior and share one row, named "none"."""

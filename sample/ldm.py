@@ -13,6 +13,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
+from .checkpoint import some
+
 Shapes = Mapping[str, tuple[int, ...]]
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
@@ -121,7 +123,7 @@ def load_renamed(
             shapes.append(f"{theirs} {tuple(tensor.shape)} in place of {tuple(shape)}")
         taken[name] = tensor
     faults = [
-        f"{verb} {', '.join(sorted(names)[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+        f"{verb} {some(names)}"
         for verb, names in (("lacks", missing), ("has besides", extra), ("has", shapes))
         if names
     ]

@@ -15,6 +15,7 @@ from .distances import Estimate, Reference, frechet, mean
 from .feature_networks import Clip, FeatureNetwork, as_frames, classifies, frame_features, in_batches
 from .kernels import KERNELS, kernel_distance
 from .neighbours import density_coverage, precision_recall
+from .video_metrics import temporal
 
 OF_SETS = ("fd", "fd_inf", "kid", "mmd", "precision", "recall", "density", "coverage")
 """The metrics of a whole set of pictures against a reference."""
@@ -90,9 +91,7 @@ def score_as_asked(
         guess = in_batches(network, network, asked.batch_size, as_frames(pictures)).argmax(1).view(len(pictures), -1)
         scores.per_condition["accuracy"] = (guess == label.cpu()[:, None]).float().mean(1)
     if pictures.ndim == 5 and (wanted := [name for name in PER_CLIP if name in asked.metrics]):
-        from .video_metrics import temporal
-
-        found = temporal(pictures, network)
+        found = temporal(pictures, frames)
         scores.per_condition |= {name: found[name] for name in wanted}
     return scores
 

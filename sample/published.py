@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
 from . import ldm
-from .checkpoint import choose_weights, read_checkpoint, read_folder
+from .checkpoint import choose_weights, read_checkpoint, read_folder, some
 from .hub import locate
 from .latents import latent_space, read_autoencoder
 from .noise import DiscretePath
@@ -112,8 +112,7 @@ def _from_file(
     vae = ldm.read_vae(state, path).float()
     text_encoder, pad = ldm.read_text_encoder(state, path, text_heads)
     if strange := [name for name in state if not name.startswith(KNOWN)]:
-        rest = f" and {len(strange) - 4} more" if len(strange) > 4 else ""
-        raise ValueError(f"{path} has besides its networks {', '.join(strange[:4])}{rest}: not a file of this kind")
+        raise ValueError(f"{path} has besides its networks {some(strange)}: not a file of this kind")
     text_encoder.float()
     vocabulary, length = text_encoder.config.vocab_size, text_encoder.config.max_position_embeddings
     ids = null_tokens(pad, length, vocabulary - 2, vocabulary - 1)

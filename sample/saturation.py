@@ -4,16 +4,13 @@ Guidance pushes pictures past what the model learned; guidance by another networ
 fine-tuning moved. Pictures then gain contrast, and their values crowd at black and white.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .guidance import Arm, Guidance
-from .loop import Sampler, trajectories
-from .model import Condition, DiffusionModel
+from .guidance import Arm
 
 EDGE = 1 / 255
 CONTRAST, CLIPPED, ENERGY = 1.25, 0.1, 1.5
@@ -53,31 +50,20 @@ def _clipped(pictures: Tensor) -> float:
     return ((pictures < EDGE) | (pictures > 1 - EDGE)).float().mean().item()
 
 
-def energies(
-    model: DiffusionModel,
-    condition: Condition,
-    seeds: Sequence[int],
-    candidates: Mapping[Arm, Guidance],
-    sampler: Sampler,
-) -> dict[Arm, float]:
-    """How much larger each arm's guided prediction is than its conditional one: a ratio of root mean squares, the mean
-    over the steps of one batch. 1 where there is no guidance."""
-    ratios: dict[int, list[Tensor]] = {g: [] for g in range(len(candidates))}
+class Energies:
+    """How much larger each arm's guided prediction is than its conditional one, watched while `compare` samples: the
+    ratio of their root mean squares, 1 where there is no guidance."""
 
-    def watch(candidate: int, guided: Tensor, conditional: Tensor) -> None:
-        ratios[candidate].append(guided.square().mean().sqrt() / conditional.square().mean().sqrt())
+    def __init__(self) -> None:
+        self._ratios: dict[Arm, list[Tensor]] = {}
 
-    trajectories(
-        model,
-        condition,
-        seeds,
-        list(candidates.values()),
-        scheduler=sampler.make(model),
-        steps=sampler.steps,
-        eta=sampler.eta,
-        on_guided=watch,
-    )
-    return {arm: torch.stack(ratios[g]).mean().item() for g, arm in enumerate(candidates)}
+    def __call__(self, arm: Arm, guided: Tensor, conditional: Tensor) -> None:
+        ratio = guided.square().mean().sqrt() / conditional.square().mean().sqrt()
+        self._ratios.setdefault(arm, []).append(ratio)
+
+    def means(self) -> dict[Arm, float]:
+        """Over all steps that were watched."""
+        return {arm: torch.stack(ratios).mean().item() for arm, ratios in self._ratios.items()}
 
 
 def in_words(arm: Arm, found: Saturation) -> str | None:

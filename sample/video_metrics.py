@@ -1,18 +1,14 @@
-"""How clips behave in time, each number per clip: `temporal(pixels, network=None)`.
+"""How clips behave in time, each number per clip: `temporal(pixels, features=None)`.
 
 VBench (Huang et al. 2024, arXiv 2311.17982) names what is measured. Its networks are replaced: DINO and CLIP by the
 feature network that is given, RAFT by block matching (Jain & Jain 1981), as video codecs find motion.
 """
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-
-if TYPE_CHECKING:
-    from .metrics import FeatureNetwork  # which calls `temporal`
 
 SIDE, BLOCK, STRIDE, REACH = 64, 8, 4, 8
 """In pixels: the shorter side that frames are resized to (which takes noise out of large ones), the blocks that are
@@ -24,12 +20,12 @@ FASTEST = 0.05
 
 
 @torch.no_grad()
-def temporal(pixels: Tensor, network: "FeatureNetwork | None" = None) -> dict[str, Tensor]:
+def temporal(pixels: Tensor, features: Tensor | None = None) -> dict[str, Tensor]:
     """{"consistency", "flicker", "dynamic_degree"}, each (N,) float32 on the CPU, of clips (N, C, F, H, W) in [0, 1].
 
     consistency: cosine similarity of a frame's features with those of the first and of the previous frame, their mean
-        over all frames but the first, at most 1: VBench's subject and background consistency. network: as in `score`,
-        an nn.Module in eval mode, on its own device; without one the features are the pixels. Higher is better.
+        over all frames but the first, at most 1: VBench's subject and background consistency. features: (N, F, D), as
+        `frame_features` gives them; without any the pixels. Higher is better.
     flicker: mean absolute difference of neighbouring frames, in [0, 1]; VBench's temporal flickering is 1 - flicker.
         Motion raises it too: it compares clips that move alike. Lower is better.
     dynamic_degree: how far the fastest 5 % of a frame move to the next frame, as a share of the shorter side, their
@@ -41,19 +37,16 @@ def temporal(pixels: Tensor, network: "FeatureNetwork | None" = None) -> dict[st
     """
     if pixels.ndim != 5 or pixels.shape[1] not in (1, 3) or pixels.shape[2] < 2:
         raise ValueError(f"clips must have shape (N, 1 or 3, 2 or more frames, H, W), got {tuple(pixels.shape)}")
+    clips = pixels.detach().float().transpose(1, 2)  # one at a time: (F, C, H, W)
+    seen = clips.flatten(2) if features is None else features
     rows = [
-        torch.stack([_consistency(frames, network), _flicker(frames), _dynamic_degree(frames)])
-        for frames in pixels.detach().float().transpose(1, 2)  # one clip at a time: (F, C, H, W)
+        torch.stack([_consistency(own), _flicker(frames), _dynamic_degree(frames)])
+        for frames, own in zip(clips, seen, strict=True)
     ]
     return dict(zip(("consistency", "flicker", "dynamic_degree"), torch.stack(rows, 1), strict=True))
 
 
-def _consistency(frames: Tensor, network: "FeatureNetwork | None") -> Tensor:
-    if network is None:
-        features = frames.flatten(1)
-    else:
-        parameter = next(network.parameters(), frames) if isinstance(network, nn.Module) else frames
-        features = network.features(frames.to(parameter.device)).float().flatten(1)
+def _consistency(features: Tensor) -> Tensor:
     features = F.normalize(features, dim=1)
     previous, first = (features[1:] * features[:-1]).sum(1), features[1:] @ features[0]
     return ((previous + first) / 2).mean().cpu()

@@ -1,10 +1,13 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685) through peft: what is trained, and one plain network of it afterwards."""
+"""LoRA (Hu et al. 2021, arXiv 2106.09685) through peft: what is trained, and the adapter that it leaves behind."""
 
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
+
+from ..sample.adapter import Adapter
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,16 @@ def add_adapter(network: nn.Module, lora: Lora, in_full: Sequence[str]) -> None:
             parameter.requires_grad_(True)
 
 
-def merged(network: nn.Module) -> nn.Module:
-    """A plain copy of an adapted network: every adapter's product added to its weights."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def adapter_of(network: nn.Module) -> Adapter:
+    """The adapter in a network that peft has adapted, and the plain network below it, as copies on the CPU."""
+    from peft.tuners.lora import LoraLayer
 
-    plain = copy.deepcopy(network)
-    for name, module in list(plain.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            module.merge()
+    base, factors = copy.deepcopy(network).cpu(), {}
+    for name, module in list(base.named_modules()):
+        if isinstance(module, LoraLayer):
+            layer: Any = module
+            factor_a, factor_b = (part["default"].weight.detach() for part in (layer.lora_A, layer.lora_B))
+            factors[name] = factor_a, layer.scaling["default"] * factor_b
             parent, _, child = name.rpartition(".")
-            setattr(plain.get_submodule(parent), child, module.get_base_layer())
-    return plain
+            setattr(base.get_submodule(parent), child, layer.get_base_layer())
+    return Adapter(base.requires_grad_(False).eval(), factors)

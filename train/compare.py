@@ -147,7 +147,7 @@ def full_comparison(
     health = {name: {**one.to_json(), "sentence": others.get(name)} for name, one in found.items()}
     watched = [
         {"prior": arm[0], "scales": list(arm[1]), **one.to_json(), "sentence": saturation.in_words(arm, one)}
-        for arm, one in callback.saturation(fine_tune, data, evaluation).items()
+        for arm, one in evaluation.saturation.items()
     ]
     record: dict[str, Any] = {
         "rows": evaluation.rows(),

@@ -1,6 +1,5 @@
 """`priorguide export`: the run's network and the prior that won, as one bundle that is checked before it is kept."""
 
-import copy
 import hashlib
 import json
 import os
@@ -14,7 +13,7 @@ from pathlib import Path as File
 from typing import Any
 
 from huggingface_hub import constants
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..callbacks.redact import redact
 from ..callbacks.votes import decided
@@ -29,6 +28,7 @@ from ..sample.model import DiffusionModel
 from ..sample.models import find
 from ..sample.precision import PRECISIONS, at_precision, guided_change
 from ..sample.reference import Reference
+from .adapters import adapter_of
 from .compare import comparison_of, refuse_existing
 from .fine_tune import FineTune
 from .fit import FitCLI, last_checkpoint, load_run
@@ -46,8 +46,7 @@ def export_run(
     restricted: bool = False,
     prior_as: str | None = None,
 ) -> File:
-    """Writes the bundle that the comparison's verdict names, or the given prior and scales, aside; a process of its own
-    verifies it and replays its pictures; only then it takes its place. prior_as: see `export`."""
+    """Writes the bundle that the comparison's verdict names, or the given prior and scales. prior_as: see `export`."""
     run = File(run)
     folder = File(out) if out else run / "bundle"
     refuse_existing(folder)
@@ -57,14 +56,22 @@ def export_run(
         raise ValueError(f"there is no {path}: run `priorguide compare {run}` first, or give --prior and --scale")
     cli, state = load_run(run, checkpoint)
     cli.datamodule.setup("fit")
-    with new_folder(folder) as aside:
-        aside.rmdir()
-        export(cli, state, aside, record, prior, scales, restricted, prior_as)
-        said = verify_apart(aside)
-    print(said.replace(str(aside), str(folder)))
+    print(export_checked(cli, state, folder, record, prior, scales, restricted, prior_as))
     with follow_up(run, "export") as logged:
         log_bundle(logged, File(checkpoint) if checkpoint else last_checkpoint(run), folder, record)
     return folder
+
+
+def export_checked(cli: FitCLI, state: dict[str, Any], folder: File, *what: Any) -> str:
+    """`export` aside; a process of its own verifies the bundle and replays its pictures; only then it takes its place.
+
+    what: `export`'s further arguments. Returns what the process said.
+    """
+    with new_folder(folder) as aside:
+        aside.rmdir()
+        export(cli, state, aside, *what)
+        said = verify_apart(aside)
+    return said.replace(str(aside), str(folder))
 
 
 def export_model(run: str | File, checkpoint: str | None = None, out: str | None = None) -> File:
@@ -91,21 +98,6 @@ def deployed(fine_tune: FineTune) -> Iterator[tuple[DiffusionModel, Adapter | No
             yield model, adapter
         finally:
             model.network = adapted
-
-
-def adapter_of(network: nn.Module) -> Adapter:
-    """The adapter in a network that peft has adapted, and the plain network below it, as copies on the CPU."""
-    from peft.tuners.lora import LoraLayer
-
-    base, factors = copy.deepcopy(network).cpu(), {}
-    for name, module in list(base.named_modules()):
-        if isinstance(module, LoraLayer):
-            layer: Any = module
-            factor_a, factor_b = (part["default"].weight.detach() for part in (layer.lora_A, layer.lora_B))
-            factors[name] = factor_a, layer.scaling["default"] * factor_b
-            parent, _, child = name.rpartition(".")
-            setattr(base.get_submodule(parent), child, layer.get_base_layer())
-    return Adapter(base.requires_grad_(False).eval(), factors)
 
 
 def provenance(cli: FitCLI, state: dict[str, Any], examples: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..sample.checkpoint import read_checkpoint
 from ..sample.model import Condition, DiffusionModel
 from ..sample.noise import DiscretePath, add_noise, data_scale, like, weights
-from .adapters import Lora, add_adapter, merged
+from .adapters import Lora, add_adapter
 from .bad_steps import check_loss, check_network, leave_out_if_bad
 from .objective import (
     Density,
@@ -221,17 +221,6 @@ class FineTune(L.LightningModule):
             for module, mode in modes.items():
                 module.training = mode
             self.model.network = live
-
-    @contextmanager
-    def deployed(self) -> Iterator[DiffusionModel]:
-        """The `averaged()` model as bundles hold it: an adapter is merged into a plain copy of its network."""
-        with self.averaged() as model:
-            adapted = model.network
-            model.network = merged(adapted).eval() if self.lora else adapted
-            try:
-                yield model
-            finally:
-                model.network = adapted
 
     # --- optimiser and checkpoint
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from ..callbacks.wandb_log import log_bundle, log_result
 from ..callbacks.wandb_run import finish, follow_up
 from .compare import full_comparison, refuse_existing, save_comparison, show
-from .export import export, verify_apart
+from .export import export_checked
 from .fit import fit, last_checkpoint, load_run
 
 
@@ -75,8 +75,7 @@ def quickstart(task_name: str, out: str | None, seed: int, threads: int | None) 
     record |= {"title": task.title, "task": task_name, "description": task.description}
     show(record)
     console.rule("exporting")
-    export(cli, state, folder / "bundle", record)
-    console.print(verify_apart(folder / "bundle"))
+    console.print(export_checked(cli, state, folder / "bundle", record))
     end = time.perf_counter()
     record |= {
         "seconds_fine_tuning": tuned - start,

@@ -4,9 +4,10 @@ import pytest
 import torch
 from oracle import pixel_condition, pixel_model
 
+from priorguide.sample.compare import compare
 from priorguide.sample.guidance import Guidance
 from priorguide.sample.loop import Sampler
-from priorguide.sample.saturation import Saturation, energies, in_words, saturation
+from priorguide.sample.saturation import Energies, Saturation, in_words, saturation
 
 
 def pictures(spread, n=50):
@@ -26,8 +27,8 @@ def test_contrast_and_clipping_are_relative_to_real_pictures():
 def test_energy_of_no_guidance_is_1_and_grows_with_the_scale():
     model = pixel_model()
     candidates = {("self", (s,)): Guidance((s,)) for s in (1.0, 3.0, 9.0)}
-    found = energies(model, pixel_condition(), [1, 2, 3], candidates, Sampler(steps=3))
-    one, three, nine = found.values()
+    compare(model, pixel_condition(), [1, 2, 3], candidates, Sampler(steps=3), on_guided=(watch := Energies()))
+    one, three, nine = watch.means().values()
     assert one == pytest.approx(1, abs=1e-6) and abs(three - 1) > 1e-3 and nine > three
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from priorguide.sample.feature_networks import frame_features
 from priorguide.sample.video_metrics import temporal
 
 
@@ -73,10 +74,12 @@ class Corners(nn.Module):
 def test_consistency_is_of_the_networks_features():
     clip = square(3)
     assert temporal(clip)["consistency"] < 0.99
-    torch.testing.assert_close(temporal(clip, Corners().eval())["consistency"], torch.ones(1))
+    torch.testing.assert_close(temporal(clip, frame_features(Corners().eval(), clip))["consistency"], torch.ones(1))
     turning = torch.zeros(1, 3, 3, 8, 8)
     turning[0, 0, 0] = turning[0, 1, 1] = turning[0, 1, 2] = 1  # red, green, green: (0 + 0) / 2, then (1 + 0) / 2
-    torch.testing.assert_close(temporal(turning, Corners().eval())["consistency"], torch.tensor([0.25]))
+    torch.testing.assert_close(
+        temporal(turning, frame_features(Corners().eval(), turning))["consistency"], torch.tensor([0.25])
+    )
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 8, 8), (1, 3, 1, 8, 8), (1, 4, 5, 8, 8)])

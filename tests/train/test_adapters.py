@@ -6,7 +6,7 @@ from fits import same, weights
 
 from priorguide.sample.models.instruct_pix2pix import InstructPix2Pix
 from priorguide.sample.models.stable_diffusion import StableDiffusion
-from priorguide.train.adapters import Lora, merged
+from priorguide.train.adapters import Lora, adapter_of
 from priorguide.train.fine_tune import FineTune
 
 
@@ -58,7 +58,7 @@ def test_merged_it_is_a_plain_network_that_predicts_the_same(tuning):
     tuning.eval()
     with torch.no_grad():
         adapted = tuning.model.denoise(x_t, t, condition)
-        plain = merged(tuning.model.network)
+        plain = adapter_of(tuning.model.network).merged()
         assert plain.state_dict().keys() == StableDiffusion.tiny().network.state_dict().keys()
         assert same(weights(tuning.model.network), before)
         tuning.model.network = plain

@@ -14,10 +14,10 @@ from priorguide.sample.model import DiffusionModel
 from priorguide.sample.models.instruct_pix2pix import InstructPix2Pix
 from priorguide.sample.models.stable_diffusion import StableDiffusion
 from priorguide.train import export as exporting
-from priorguide.train.adapters import Lora
+from priorguide.train.adapters import Lora, adapter_of
 from priorguide.train.cli import main
 from priorguide.train.compare import comparison_of
-from priorguide.train.export import _portable, adapter_of, deployed, export
+from priorguide.train.export import _portable, deployed, export
 from priorguide.train.fine_tune import FineTune
 from priorguide.train.fit import load_run
 

@@ -68,12 +68,7 @@ class Recorded:
         )
 
     def about(self) -> dict[str, Any]:
-        return {
-            "batch": len(self.seeds),
-            "max_batch": self.max_batch,
-            "threads": self.threads,
-            "device": self.device,
-        }
+        return {"batch": len(self.seeds), "max_batch": self.max_batch, "threads": self.threads, "device": self.device}
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,6 +247,12 @@ class Bundle:
         guidance = self.guidance if scales is None else dataclasses.replace(self.guidance, scales=tuple(scales))
         sampler = self.sampler if steps is None else dataclasses.replace(self.sampler, steps=steps)
         return _pictures(self.model, condition, seeds, guidance, sampler, self.scheduler, max_batch)
+
+    def pipeline(self) -> Any:
+        """diffusers' stock pipeline of the bundle, its prior and recipe within: see `pipeline.stock_pipeline`."""
+        from .pipeline import stock_pipeline
+
+        return stock_pipeline(self)
 
     def recorded(self) -> Recorded:
         """The batch that was recorded with the bundle. ValueError if there is none."""

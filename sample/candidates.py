@@ -20,7 +20,7 @@ class Candidate:
     checkpoint, weights: in place of a prior, the model as an earlier checkpoint of its run has it, averaged or live.
     keep: condition parts that the prior still sees, such as the image of an edit.
     mix: the prior's share in p_0, the rest is the model's own.
-    scales: a grid of its own. interval, channels: its own. rescale, guider, guider_options: see `Guidance`.
+    scales: a grid of its own. interval, channels: its own. rescale, guider, guider_options, refresh: see `Guidance`.
     """
 
     prior: DiffusionModel | None = None
@@ -34,6 +34,7 @@ class Candidate:
     rescale: float = 0.0
     guider: str | None = None
     guider_options: dict[str, Any] = field(default_factory=dict)
+    refresh: int = 1
 
     def bind(self, model: DiffusionModel) -> Prior | None:
         """The prior bound onto the model; None where it is the model's own. ValueError where it does not fit."""
@@ -47,7 +48,7 @@ class Candidate:
 
     def guidance(self, scales: Scales, prior: Prior | None) -> Guidance:
         options = (self.interval, self.rescale, self.guider, self.guider_options, self.channels, self.mix)
-        return Guidance(scales, prior, *options)
+        return Guidance(scales, prior, *options, refresh=self.refresh)
 
 
 def grid(scales: Sequence[float] | Sequence[Sequence[float]]) -> list[Scales]:

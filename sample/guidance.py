@@ -145,6 +145,8 @@ class Guidance:
         authors of DiT guide 3 of 4.
     mix: the prior's share lambda in p_0 = (1 - lambda) own + lambda prior; below 1 both are evaluated.
     guider, guider_options: a name in GUIDERS in place of `guide` (one-rung ladders), and its own arguments.
+    refresh: p_0 is asked for at every refresh-th guided step; between, p_1 - p_0 of the last time is taken again, with
+        p_1 the rung above.
     """
 
     scales: tuple[float, ...]
@@ -155,6 +157,7 @@ class Guidance:
     guider_options: Mapping[str, Any] = field(default_factory=dict)
     channels: int | None = None
     mix: float = 1.0
+    refresh: int = 1
 
     def check(self, model: DiffusionModel) -> None:
         """ValueError unless this guidance fits the model's ladder."""
@@ -175,6 +178,8 @@ class Guidance:
             raise ValueError(f"rescale must lie in [0, 1], got {self.rescale}")
         if not 0 <= self.mix <= 1:
             raise ValueError(f"mix must lie in [0, 1], the share of the prior, got {self.mix}")
+        if not isinstance(self.refresh, int) or self.refresh < 1:
+            raise ValueError(f"refresh must be 1 or more, every how many steps p_0 is asked for, got {self.refresh!r}")
         if self.channels is not None and not 1 <= self.channels <= model.shape[0]:
             raise ValueError(f"channels must be 1 to {model.shape[0]}, the channels of x_0, got {self.channels}")
         if self.guider is not None and self.guider not in GUIDERS:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .guidance import Guidance, Prior, combine, rungs
 from .model import Condition, DiffusionModel
 from .noise import Prediction, convert, like, rescaled
-from .planning import Call, device_and_dtype, evaluate, plan
+from .planning import Call, asked, device_and_dtype, evaluate, plan
 from .seeds import GivenNoise, SeededNoise
 from .timesteps import set_timesteps
 
@@ -150,22 +150,31 @@ def trajectories(
     x = x * getattr(scheduler, "init_noise_sigma", 1.0)
     extra = _step_options(scheduler, eta)
     guiders = [guidance.make_guider() for guidance in guidances]
-    plans: dict[Any, list[Call]] = {}
+    times_of_steps = scheduler.timesteps.tolist()
+    needs = list(zip(*(asked(guidance, times_of_steps) for guidance in guidances), strict=True))
+    plans: dict[str, list[Call]] = {}
+    held: dict[int, Tensor] = {}
     total = len(scheduler.timesteps)
     for i, t in enumerate(scheduler.timesteps):
         x_t = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        scales = tuple(guidance.scales_at(float(t)) for guidance in guidances)
-        if scales not in plans:
-            plans[scales] = plan(model, condition, batch, guidances, scales)
+        if (key := str(needs[i])) not in plans:
+            plans[key] = plan(model, condition, batch, guidances, needs[i])
         times = torch.full((batch,), float(t), dtype=torch.float64)
         rows = x_t.reshape(count, batch, *model.shape)
-        predictions, variances = evaluate(plans[scales], rows, times, guidances, max_batch)
+        predictions, variances = evaluate(plans[key], rows, times, guidances, max_batch)
         guided = []
         for g, guidance in enumerate(guidances):
             if guiders[g] is not None:
                 guiders[g].set_state(step=i, num_inference_steps=total, timestep=t)
-            ladder = [predictions[g, k] for k in rungs(scales[g])[0]]
-            guided.append(combine(guidance, ladder, rungs(scales[g])[1], guiders[g]))
+            used, between = rungs(guidance.scales_at(float(t)))
+            if guidance.refresh > 1 and used[0] == 0 and len(used) > 1:
+                upper = predictions[g, used[1]]
+                if (g, 0) in predictions:
+                    held[g] = upper - predictions[g, 0]
+                else:
+                    predictions[g, 0] = upper - held[g]
+            ladder = [predictions[g, k] for k in used]
+            guided.append(combine(guidance, ladder, between, guiders[g]))
             if on_guided is not None:
                 on_guided(g, guided[-1], ladder[-1])
         out = torch.cat(guided)
@@ -200,6 +209,7 @@ def sample(
     guider_options: Mapping[str, Any] | None = None,
     channels: int | None = None,
     mix: float = 1.0,
+    refresh: int = 1,
     steps: int | None = None,
     timesteps: Sequence[float] | None = None,
     noise: Tensor | None = None,
@@ -222,6 +232,7 @@ def sample(
                 guider_options or {},
                 channels,
                 mix,
+                refresh,
             )
         ],
         scheduler=scheduler,

@@ -159,8 +159,9 @@ def _guided(kind: Any, guidance: Guidance, recipe: Mapping[str, Any]) -> Any:
         kwargs |= {name: value for name, value in recipe.items() if name not in given}
         prior = self.unet if guidance.prior is None else guidance.prior
         with ExitStack() as stack:
-            if guidance.prior is not None or guidance.interval is not None:
-                stack.enter_context(prior_guidance(self, prior, interval=guidance.interval))
+            if guidance.prior is not None or guidance.interval is not None or guidance.refresh > 1:
+                options: dict[str, Any] = {"interval": guidance.interval, "refresh": guidance.refresh}
+                stack.enter_context(prior_guidance(self, prior, **options))
             return kind.__call__(self, *args, **kwargs)
 
     # The stock name: folders that it saves name the stock class, and the table knows it.

@@ -34,21 +34,39 @@ def sources(guidance: Guidance, scales: Scales) -> list[int]:
     return [OWN, *used] if used[0] == 0 and guidance.prior is not None and guidance.mix < 1 else used
 
 
+def asked(guidance: Guidance, timesteps: Sequence[float]) -> list[list[int]]:
+    """The predictions that one candidate asks networks for, step by step: its sources, without p_0 where the last
+    difference is taken again (`Guidance.refresh`)."""
+    found, guided = [], 0
+    for t in timesteps:
+        scales = guidance.scales_at(float(t))
+        used, needed = rungs(scales)[0], sources(guidance, scales)
+        if used[0] == 0 and len(used) > 1:
+            needed = used[1:] if guided % guidance.refresh else needed
+            guided += 1
+        found.append(needed)
+    return found
+
+
 def evaluations(guidance: Guidance, timesteps: Sequence[float]) -> int:
     """Network evaluations of one sample along `timesteps`."""
-    return sum(len(sources(guidance, guidance.scales_at(float(t)))) for t in timesteps)
+    return sum(map(len, asked(guidance, timesteps)))
 
 
 def plan(
-    model: DiffusionModel, condition: Condition, batch: int, guidances: Sequence[Guidance], scales: Sequence[Scales]
+    model: DiffusionModel,
+    condition: Condition,
+    batch: int,
+    guidances: Sequence[Guidance],
+    needed: Sequence[Sequence[int]],
 ) -> list[Call]:
-    """The network evaluations of a step at these scales, one call per network."""
+    """The network evaluations of a step, one call per network. needed: what each candidate asks for, see `sources`."""
     slots: dict[int, list[tuple[int, int, Prior | None]]] = {}
     conditions: dict[int, list[Condition]] = {}
     networks: dict[int, DiffusionModel] = {}
     own, cache = Prior(model, model), dict[Any, Condition]()
-    for i, (guidance, own_scales) in enumerate(zip(guidances, scales, strict=True)):
-        for k in sources(guidance, own_scales):
+    for i, (guidance, predictions) in enumerate(zip(guidances, needed, strict=True)):
+        for k in predictions:
             prior = None if k > 0 else own if k == OWN or guidance.prior is None else guidance.prior
             key: Any = prior or k
             if key not in cache:

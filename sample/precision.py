@@ -15,7 +15,7 @@ from .candidates import with_network
 from .guidance import Guidance, Prior, combine, rungs
 from .model import Condition, DiffusionModel
 from .noise import add_noise, data_scale, like
-from .planning import evaluate, plan
+from .planning import evaluate, plan, sources
 
 PRECISIONS = ("bfloat16", "int8", "nf4")
 BLOCK = 64
@@ -127,8 +127,8 @@ def _guided(
     model: DiffusionModel, guidances: Sequence[Guidance], x_t: Tensor, t: Tensor, condition: Condition
 ) -> list[Tensor]:
     """Every candidate's guided prediction, at its own scales wherever t lies."""
-    scales = [guidance.scales for guidance in guidances]
-    calls = plan(model, condition, len(t), guidances, scales)
+    needed = [sources(guidance, guidance.scales) for guidance in guidances]
+    calls = plan(model, condition, len(t), guidances, needed)
     predictions, _ = evaluate(calls, x_t.expand(len(guidances), *x_t.shape), t, guidances, None)
     guided = []
     for g, guidance in enumerate(guidances):

@@ -44,7 +44,7 @@ def saved(tmp_path_factory):
     """A bundle with a base prior and a recorded batch; tests that change it work on a copy."""
     model = make_model()
     model.licence = "Apache-2.0"
-    guidance = Guidance((2.0,), unconditional(make_base(), onto=model), interval=(0, 900), rescale=0.2)
+    guidance = Guidance((2.0,), unconditional(make_base(), onto=model), interval=(0, 900), rescale=0.2, refresh=2)
     recorded = Recorded.draw(model, make_condition(), [5, 6], guidance, SAMPLER, max_batch=3)
     return Bundle.save(
         tmp_path_factory.mktemp("saved") / "bundle",

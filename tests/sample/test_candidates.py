@@ -47,14 +47,15 @@ def test_every_candidate_at_its_own_scales_with_its_own_options(model):
     candidates = {
         "self": Candidate(),
         "base": Candidate(base, scales=[2.0, 3.0]),
-        "half": Candidate(base, mix=0.5, interval=(100, 800), rescale=0.3),
+        "half": Candidate(base, mix=0.5, interval=(100, 800), rescale=0.3, refresh=2),
         "apg": Candidate(base, guider="apg"),
     }
     bound = {name: candidate.bind(model) for name, candidate in candidates.items()}
     found = arms(candidates, bound, [1.5])
     assert [*found] == [("self", (1.5,)), ("base", (2.0,)), ("base", (3.0,)), ("half", (1.5,)), ("apg", (1.5,))]
     half = found["half", (1.5,)]
-    assert (half.mix, half.interval, half.rescale) == (0.5, (100, 800), 0.3) and half.prior.model is base
+    assert (half.mix, half.interval, half.rescale, half.refresh) == (0.5, (100, 800), 0.3, 2)
+    assert half.prior.model is base
     assert found["self", (1.5,)].prior is None and found["apg", (1.5,)].guider == "apg"
     assert {scales for _, scales in arms(candidates, bound, [4.0], override=True)} == {(4.0,)}
     for guidance in found.values():

@@ -61,6 +61,9 @@ def test_a_lowest_scale_of_1_evaluates_no_prior(model):
         Guidance((0.0,)),
         Guidance((3.0,), interval=(200, 800)),
         Guidance((3.0,), interval=(1200, 1300)),
+        Guidance((3.0,), refresh=3),
+        Guidance((0.0,), refresh=3),
+        Guidance((3.0,), interval=(200, 800), refresh=2),
         Guidance((3.0,), rescale=0.5),
         Guidance((3.0,), guider="apg"),
     ],
@@ -85,6 +88,35 @@ def test_an_interval_skips_the_prior_outside_it():
     guidance = Guidance((3.0,), unconditional(other, onto=fine), interval=(200, 800))
     trajectories(fine, labels(0, 3), [0, 1, 2], [guidance], scheduler=make_scheduler(fine), steps=10)
     assert fine.rows == [3] * 10 and other.rows == [3] * 7  # t = 800, 700, ..., 200
+
+
+def test_between_refreshes_the_prior_is_not_asked():
+    fine, other = Mixture(), Mixture()
+    settings = {"scheduler": make_scheduler(fine), "steps": 10}
+    guidance = Guidance((3.0,), unconditional(other, onto=fine), interval=(200, 800), refresh=3)
+    trajectories(fine, labels(0, 3), [0, 1, 2], [guidance, Guidance((3.0,), refresh=2)], **settings)
+    assert other.rows == [3] * 3  # t = 800, 500, 200
+    assert fine.rows == [9, 6] * 5
+    with pytest.raises(ValueError, match="refresh must be 1 or more"):
+        sample(fine, labels(0, 1), [0], scales=[3.0], refresh=0, **settings)
+
+
+@pytest.mark.parametrize("refresh", [1, 2, 3])
+def test_a_difference_that_is_taken_again(refresh):
+    fine, base = TwoRungs(), TwoRungs(seed=1)
+    scheduler = make_scheduler(fine)
+    prior, settings = unconditional(base, onto=fine), {"scheduler": scheduler, "steps": 5}
+    found = sample(fine, TWO, range(4), scales=[1.5, 7.5], prior=prior, refresh=refresh, **settings)
+    scheduler.set_timesteps(5)
+    x, null = SeededNoise(range(4), fine.shape).draw(), {name: torch.zeros_like(part) for name, part in TWO.items()}
+    with torch.no_grad():
+        for i, t in enumerate(scheduler.timesteps):
+            times = torch.full((4,), float(t))
+            mid, high = (fine.denoise(x, times, {**TWO, "text": null["text"]}), fine.denoise(x, times, TWO))
+            if i % refresh == 0:
+                difference = mid - base.denoise(x, times, null)
+            x = scheduler.step(mid + 0.5 * difference + 7.5 * (high - mid), t, x).prev_sample
+    torch.testing.assert_close(found, x, rtol=0, atol=1e-5 * float(x.abs().max()))
 
 
 def test_rungs_that_share_a_network_share_a_call():
@@ -132,13 +164,14 @@ def test_candidates_that_advance_together_equal_each_alone(name, options, eta):
         Guidance((1.0,), base),
         Guidance((3.0,), base),
         Guidance((5.0,), base, interval=(100, 900)),
+        Guidance((3.0,), base, refresh=2),
         Guidance((2.0,), far, rescale=0.7),
         Guidance((2.0,), far, guider="apg", guider_options={"adaptive_projected_guidance_momentum": -0.5}),
     ]
     settings = {"scheduler": make_scheduler(fine, name, **options), "steps": 6, "eta": eta}
     parts = {"label": torch.tensor([0, 1, 2])}
     together = trajectories(fine, parts, [1, 2, 3], guidances, **settings)
-    assert together.shape == (6, 3, 2, 1, 1)
+    assert together.shape == (7, 3, 2, 1, 1)
     for guidance, found in zip(guidances, together, strict=True):
         alone = trajectories(fine, parts, [1, 2, 3], [guidance], **settings)[0]
         torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-5)

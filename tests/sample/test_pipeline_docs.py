@@ -13,7 +13,6 @@ from priorguide.sample.guidance import Guidance, unconditional
 from priorguide.sample.loop import Sampler
 from priorguide.sample.models.instruct_pix2pix import InstructPix2Pix
 from priorguide.sample.models.stable_diffusion import StableDiffusion
-from priorguide.sample.pipeline import stock_pipeline
 
 PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
 
@@ -37,7 +36,7 @@ def test_the_page_runs_as_printed(tmp_path, monkeypatch):
     stock = names["pipe"]("make it winter", image=Image.open("photo.png"), **latents).images
     torch.testing.assert_close(stock.float(), bundle.sample(condition, [0]), rtol=1e-3, atol=1e-3)
     self_guided = bundle_without_prior(bundle)
-    names["pipe"] = stock_pipeline(self_guided)
+    names["pipe"] = self_guided.pipeline()
     exec(second, names)
     assert names["picture"].size == (16, 16)
     exec(third, names)

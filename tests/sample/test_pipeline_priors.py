@@ -202,7 +202,11 @@ def model_of(kind, seed):
     return model
 
 
-@pytest.mark.parametrize("options", [{}, {"interval": (300.0, 800.0)}, {"rescale": 0.7}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"interval": (300.0, 800.0)}, {"refresh": 3}, {"interval": (200.0, 800.0), "refresh": 2}, {"rescale": 0.7}],
+    ids=str,
+)
 @pytest.mark.parametrize("with_prior", [True, False])
 @pytest.mark.parametrize("kind", [StableDiffusion, InstructPix2Pix])
 def test_a_bundle_as_a_stock_pipeline(kind, with_prior, options, tmp_path):

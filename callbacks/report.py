@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .cheaper import cheaper
 from .figures import at_matched_agreement, health, over_scale, over_training, section, too_far, tradeoff
 from .gallery import gallery
 from .live import SCRIPT, STYLE
@@ -21,8 +22,9 @@ START, END = "<!-- decision -->", "<!-- end of decision -->"
 def write_report(path: str | Path, record: Record, pictures: Mapping[str, Any] | None = None) -> Path:
     """Writes the page to `path` (a folder, for its index.html, or the .html file itself) and returns the file.
 
-    record: JSON-able: title, description, rows, verdict, needed, matched, health, saturation, votes, override, history,
-    floor, sampling, environment, how_to_sample; whatever is missing is left out of the page, all text is escaped.
+    record: JSON-able: title, description, rows, verdict, cheaper, needed, matched, health, saturation, votes, override,
+    history, floor, sampling, environment, how_to_sample; whatever is missing is left out of the page, all text is
+    escaped.
     pictures: "condition", "target" (N, 1 or 3, H, W) or None, "candidates" {name: the same}, all in [0, 1], and
     "caption", N texts; clips (N, 1 or 3, F, H, W) likewise, with "fps" (N,). "arms" {(prior, scales): the
     same} are shown by scale. The page appears whole or not at all.
@@ -64,8 +66,8 @@ def render(record: Record, pictures: Mapping[str, Any]) -> Html:
 
 
 def decision(record: Record) -> Html:
-    """The verdict and what the team says of it, between two marks, so that `with_decision` finds them again."""
-    return join(Html(START), _verdict(record), team(record), Html(END))
+    """The verdict, at fewer evaluations, and what the team says, between marks, so that `with_decision` finds them."""
+    return join(Html(START), _verdict(record), cheaper(record), team(record), Html(END))
 
 
 def with_decision(page: str, record: Record) -> str:

@@ -152,7 +152,7 @@ def comparisons(record: Record) -> Html | None:
         value, digits = entry["difference"] * known.factor, (high - low) / 4
         picture = interval(low, value, high, extent * known.factor or 1.0, styles(record).get(entry["prior"], NEUTRAL))
         spread = tag("small", f" [{number(low, digits, True)}, {number(high, digits, True)}]")
-        guards = "; ".join(_guard(key, state) for key, state in (entry.get("guards") or {}).items())
+        guards = "; ".join(guard_text(key, state) for key, state in (entry.get("guards") or {}).items())
         lines.append(
             tag(
                 "tr",
@@ -176,7 +176,7 @@ def comparisons(record: Record) -> Html | None:
     return scrolling(table, caption)
 
 
-def _guard(key: str, state: Any) -> str:
+def guard_text(key: str, state: Any) -> str:
     """A guard in words: what changed, by how much it may be worse, whether it holds."""
     known = metric(key)
     if not isinstance(state, Mapping) or not {"difference", "interval", "holds"} <= state.keys():

@@ -50,6 +50,10 @@ def parser() -> argparse.ArgumentParser:
     text = "record the team's own choice beside the verdict, for export to use; takes --reason"
     compare.add_argument("--override", default=None, metavar="PRIOR:SCALE", help=text)
     compare.add_argument("--reason", default="", help="of the override")
+    text = "look for a setting of fewer evaluations that is no worse, for export to use; compares first where it must"
+    compare.add_argument("--cheaper", action="store_true", help=text)
+    text = "with --cheaper: how much worse is no worse, in units of what decides (default: a tenth of a distance)"
+    compare.add_argument("--margin", type=float, default=None, help=text)
     text = "a label, a prompt, or a picture's path; repeatable"
     given = {"action": "append", "default": [], "metavar": "NAME=VALUE", "help": text}
     compare.add_argument("--condition", **given)  # type: ignore[arg-type]
@@ -150,8 +154,14 @@ def _run(args: argparse.Namespace) -> int:
         scales = parse_scales(args.scales)
         if args.reason and not args.override:
             raise UsageError("--reason goes with --override PRIOR:SCALE")
+        if args.margin is not None and not (args.cheaper and 0 <= args.margin < float("inf")):
+            raise UsageError(f"--margin goes with --cheaper and is 0 or more, got {args.margin}")
         if args.votes or args.override:
             decide_run(args.run, args.votes, parse_override(args.override), args.reason, args.out)
+        elif args.cheaper:
+            from .cheaper import cheaper_run
+
+            cheaper_run(args.run, args.checkpoint, scales, args.conditions, args.margin, args.out)
         elif args.condition:
             compare_on(args.run, args.condition, args.seeds, args.checkpoint, scales, args.out)
         else:

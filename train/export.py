@@ -22,6 +22,7 @@ from ..callbacks.wandb_run import follow_up
 from ..sample.adapter import Adapter
 from ..sample.bundle import Bundle, Recorded
 from ..sample.candidates import with_network
+from ..sample.cheaper import with_setting
 from ..sample.guidance import Guidance
 from ..sample.manifest import new_folder, verify
 from ..sample.model import DiffusionModel
@@ -176,6 +177,8 @@ def export(
     held = None if prior_as in (None, "float32") else prior_as if prior_as in PRECISIONS else Reference.parse(prior_as)
     with fine_tune.averaged() as model:
         whole: Guidance = callback.candidates(model, [wanted])[name, wanted]
+    if prior is None and scales is None:
+        whole = with_setting(whole, record, name)
     with deployed(fine_tune) as (model, adapter):
         guidance = whole = _with_plain_prior(whole, model)
         if isinstance(held, str):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path as File
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -36,7 +36,8 @@ class PriorComparison(L.Callback):
     FineTune and LabelledImages have. Pictures and metrics go to the run's folder and to W&B where a WandbLogger is.
 
     Args:
-        priors: name -> model, or a `Candidate` with options of its own; null is the fine-tuned model itself.
+        priors: name -> model, or a `Candidate` with options of its own; null is the fine-tuned model itself, "base" of
+            a LoRA its network with the adapter off, which shares memory and batch with it.
         scales: guidance scales of those without their own, numbers or (for longer ladders) lists.
         sampler: scheduler, steps and options.
         every_n_steps: of the optimiser; due exactly then.
@@ -58,7 +59,7 @@ class PriorComparison(L.Callback):
 
     def __init__(
         self,
-        priors: dict[str, DiffusionModel | Candidate | None],
+        priors: dict[str, DiffusionModel | Candidate | Literal["base"] | None],
         scales: list[float] | list[list[float]],
         sampler: Sampler | None = None,
         every_n_steps: int = 1000,
@@ -97,7 +98,7 @@ class PriorComparison(L.Callback):
         self._last_step, self._resumed = -1, False
         self.seconds = 0.0
         for module in (metric_network, clip, perceptual, *(candidate.prior for candidate in self.priors.values())):
-            if module is not None:
+            if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
 
     # --- when
@@ -159,10 +160,14 @@ class PriorComparison(L.Callback):
         return arms(self.priors, self._bind(model), scales or self.scales, override=scales is not None)
 
     def _bind(self, model: DiffusionModel) -> dict[str, Prior | None]:
-        """The candidates' priors on this model; bound once, since that may read a checkpoint, or warn."""
+        """The candidates' priors on this model; bound once, since that may read a checkpoint, or warn, but for those of
+        the network that is in the model's place at the time."""
+        own = {name: candidate.bind(model) for name, candidate in self.priors.items() if candidate.prior == "base"}
         if self._bound is None or self._bound[0] is not model:
-            self._bound = model, {name: candidate.bind(model) for name, candidate in self.priors.items()}
-        return self._bound[1]
+            others = {name: candidate.bind(model) for name, candidate in self.priors.items() if name not in own}
+            self._bound = model, others
+        bound = own | self._bound[1]
+        return {name: bound[name] for name in self.priors}
 
     def check(self, model: DiffusionModel) -> None:
         """ValueError unless every candidate fits the model, and the scales its ladder."""
@@ -249,7 +254,7 @@ class PriorComparison(L.Callback):
         # A checkpoint's model shares all but its network with the one that is trained.
         guests: list[nn.Module] = [prior.model.network for prior in priors if prior and prior.model is not prior.onto]
         seers = (self.metric_network, self.clip, self.perceptual)
-        guests += [m for m in (*seers, *(c.prior for c in self.priors.values())) if m is not None]
+        guests += [m for m in (*seers, *(c.prior for c in self.priors.values())) if isinstance(m, nn.Module)]
         homes = [next((p.device for p in m.parameters()), device) for m in guests]
         try:
             for module in guests:
@@ -269,7 +274,9 @@ class PriorComparison(L.Callback):
 
 
 def _candidate(
-    prior: DiffusionModel | Candidate | None, interval: tuple[float, float] | None, channels: int | None
+    prior: DiffusionModel | Candidate | Literal["base"] | None,
+    interval: tuple[float, float] | None,
+    channels: int | None,
 ) -> Candidate:
     """A candidate with the comparison's options where it has none of its own."""
     own = prior if isinstance(prior, Candidate) else Candidate(prior)

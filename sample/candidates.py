@@ -5,25 +5,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import nn
-
+from .adapter_rows import unadapted
 from .checkpoint import read_checkpoint
 from .guidance import Arm, Guidance, Prior, Scales, unconditional
-from .model import DiffusionModel
+from .model import DiffusionModel, with_network
 
 
 @dataclass
 class Candidate:
     """One way to guide a model.
 
-    prior: the network at the foot of the ladder; None is the model itself.
+    prior: the network at the foot of the ladder; None is the model itself, "base" its own network with the adapter off.
     checkpoint, weights: in place of a prior, the model as an earlier checkpoint of its run has it, averaged or live.
     keep: condition parts that the prior still sees, such as the image of an edit.
     mix: the prior's share in p_0, the rest is the model's own.
     scales: a grid of its own. interval, channels: its own. rescale, guider, guider_options, refresh: see `Guidance`.
     """
 
-    prior: DiffusionModel | None = None
+    prior: DiffusionModel | Literal["base"] | None = None
     checkpoint: str | None = None
     weights: Literal["average", "model"] = "average"
     keep: tuple[str, ...] = ()
@@ -37,10 +36,11 @@ class Candidate:
     refresh: int = 1
 
     def bind(self, model: DiffusionModel) -> Prior | None:
-        """The prior bound onto the model; None where it is the model's own. ValueError where it does not fit."""
+        """The prior bound onto the model, and its network as it now is; None where it is the model's own. ValueError
+        where it does not fit."""
         if self.prior is not None and self.checkpoint is not None:
             raise ValueError("a candidate has either a prior or a checkpoint, got both")
-        base = model if self.prior is None else self.prior
+        base = model if self.prior is None else unadapted(model) if self.prior == "base" else self.prior
         if self.checkpoint is not None:
             base = at_checkpoint(model, self.checkpoint, self.weights)
         plain = base is model and not self.keep
@@ -68,13 +68,6 @@ def arms(
         own = scales if override or candidate.scales is None else candidate.scales
         found |= {(name, at): candidate.guidance(at, bound[name]) for at in grid(own)}
     return found
-
-
-def with_network(model: DiffusionModel, network: nn.Module) -> DiffusionModel:
-    """The same model with another network; all else is shared."""
-    twin = copy.copy(model)
-    twin._modules = {**model._modules, "network": network}
-    return twin
 
 
 def at_checkpoint(model: DiffusionModel, path: str, weights: Literal["average", "model"]) -> DiffusionModel:

@@ -104,7 +104,7 @@ def cost(
 ) -> Cost:
     """What one arm costs, measured on one batch of len(seeds) after one untimed step at the same shapes.
 
-    `extra_bytes`: the prior's own parameters and buffers, none where the network is the model's.
+    `extra_bytes`: the prior's parameters and buffers, but those that it shares with the model.
     """
     scheduler = sampler.make(model)
     scheduler.set_timesteps(sampler.steps)
@@ -120,10 +120,12 @@ def cost(
     run(sampler.steps)
     seconds = (time.perf_counter() - start) / len(seeds)
     prior = guidance.prior
-    extra = 0 if prior is None or prior.model is model or guidance.scales[0] == 1 else size_in_bytes(prior.model)
+    extra = 0 if prior is None or guidance.scales[0] == 1 else size_in_bytes(prior.model, beside=model)
     return Cost(count, seconds, extra)
 
 
-def size_in_bytes(model: DiffusionModel) -> int:
-    """Bytes of the network's parameters and buffers."""
-    return sum(t.numel() * t.element_size() for t in [*model.network.parameters(), *model.network.buffers()])
+def size_in_bytes(model: DiffusionModel, beside: DiffusionModel | None = None) -> int:
+    """Bytes of the network's parameters and buffers, but those that `beside` shares."""
+    tensors, shared = ([] if m is None else [*m.network.parameters(), *m.network.buffers()] for m in (model, beside))
+    known = {id(tensor) for tensor in shared}
+    return sum(t.numel() * t.element_size() for t in tensors if id(t) not in known)

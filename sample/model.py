@@ -1,5 +1,6 @@
 """The one abstract class: a network with its path, its prediction, its conditions and their null."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Self
@@ -141,6 +142,13 @@ class DiffusionModel(nn.Module, ABC):
             else:
                 batch[name] = read_picture(value)[None]
         return batch
+
+
+def with_network(model: DiffusionModel, network: nn.Module) -> DiffusionModel:
+    """The same model with another network; all else is shared."""
+    twin = copy.copy(model)
+    twin._modules = {**model._modules, "network": network}
+    return twin
 
 
 def plain_config(network: Any) -> dict[str, Any]:

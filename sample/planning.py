@@ -1,12 +1,17 @@
-"""Which network evaluations a step needs, and their predictions: rungs that share a network share a batch."""
+"""Which network evaluations a step needs, and their predictions: rungs that share a network share a batch.
+
+So do a network and itself without its adapter.
+"""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .adapter_rows import Unadapted
 from .guidance import Guidance, Prior, Scales, rungs
 from .model import Condition, DiffusionModel, keep_only
 
@@ -21,11 +26,21 @@ class Call:
     """One network's share of a step: the rungs of candidates that it evaluates, in one batch.
 
     slots: (candidate, rung, the prior that the rung is read through). condition: parts of (len(slots) B, ...).
+    base: for each slot, whether its rows go without the network's adapter, as `unadapted` makes them.
     """
 
     model: DiffusionModel
     slots: list[tuple[int, int, Prior | None]]
     condition: Condition
+    base: list[bool]
+    unadapted: Unadapted | None = None
+
+    def predict(self, x: Tensor, t: Tensor, part: slice) -> tuple[Tensor, Tensor | None]:
+        """The network's outputs for a part of the call's rows, B to a slot."""
+        off = [base for base in self.base for _ in range(len(x) // len(self.slots))][part]
+        rows = {name: value[part] for name, value in self.condition.items()}
+        with self.unadapted.rows(off) if self.unadapted and any(off) else nullcontext():
+            return self.model.denoise_with_variance(x[part], t[part], rows)
 
 
 def sources(guidance: Guidance, scales: Scales) -> list[int]:
@@ -61,9 +76,8 @@ def plan(
     needed: Sequence[Sequence[int]],
 ) -> list[Call]:
     """The network evaluations of a step, one call per network. needed: what each candidate asks for, see `sources`."""
-    slots: dict[int, list[tuple[int, int, Prior | None]]] = {}
+    calls: dict[int, Call] = {}
     conditions: dict[int, list[Condition]] = {}
-    networks: dict[int, DiffusionModel] = {}
     own, cache = Prior(model, model), dict[Any, Condition]()
     for i, (guidance, predictions) in enumerate(zip(guidances, needed, strict=True)):
         for k in predictions:
@@ -76,13 +90,18 @@ def plan(
                     else keep_only(model, condition, model.ladder[k - 1], batch)
                 )
             network = prior.model if prior else model
-            networks[id(network)] = network
-            slots.setdefault(id(network), []).append((i, k, prior))
-            conditions.setdefault(id(network), []).append(cache[key])
-    return [
-        Call(networks[name], slots[name], {part: torch.cat([c[part] for c in rows]) for part in rows[0]})
-        for name, rows in conditions.items()
-    ]
+            apart = network.network
+            shared = apart if isinstance(apart, Unadapted) and apart.network is model.network else None
+            network = model if shared else network
+            call = calls.setdefault(id(network), Call(network, [], {}, []))
+            call.unadapted = call.unadapted or shared
+            call.slots.append((i, k, prior))
+            call.base.append(shared is not None)
+            conditions.setdefault(id(call), []).append(cache[key])
+    for call in calls.values():
+        parts = conditions[id(call)]
+        call.condition = {part: torch.cat([condition[part] for condition in parts]) for part in parts[0]}
+    return list(calls.values())
 
 
 def evaluate(
@@ -100,10 +119,7 @@ def evaluate(
         x = torch.cat([x for x, _ in located]).to(device_and_dtype(call.model)[1])
         times = torch.cat([t for _, t in located]).to(x.device, torch.float32)
         rows = max_batch or len(x)
-        outs = [
-            call.model.denoise_with_variance(x[part], times[part], {k: v[part] for k, v in call.condition.items()})
-            for part in (slice(i, i + rows) for i in range(0, len(x), rows))
-        ]
+        outs = [call.predict(x, times, slice(i, i + rows)) for i in range(0, len(x), rows)]
         out = torch.cat([prediction for prediction, _ in outs]).float()
         for (g, k, prior), prediction in zip(call.slots, out.split(batch), strict=True):
             predictions[g, k] = prior.express(prediction, x_t[g], t) if prior else prediction

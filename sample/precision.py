@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .candidates import with_network
 from .guidance import Guidance, Prior, combine, rungs
-from .model import Condition, DiffusionModel
+from .model import Condition, DiffusionModel, with_network
 from .noise import add_noise, data_scale, like
 from .planning import evaluate, plan, sources
 

@@ -145,15 +145,17 @@ class RelativeAttention(nn.Module):
 
 
 class ImageAttention(nn.Module):
-    """Keys and values of the picture's tokens for one layer, and how much they weigh."""
+    """Attention to the picture's tokens in one layer: their keys and values, and how much they weigh."""
 
     def __init__(self, width: int, inner: int, learned_gain: bool):
         super().__init__()
         self.to_k_ip, self.to_v_ip = nn.Linear(width, inner, bias=False), nn.Linear(width, inner, bias=False)
         self.alpha = nn.Parameter(torch.zeros(())) if learned_gain else None
 
-    def gain(self) -> Tensor | float:
-        return 1.0 if self.alpha is None else self.alpha.tanh() + 1
+    def forward(self, query: Tensor, image: Tensor) -> Tensor:
+        """query (N, H, L, D), image (N, TOKENS, width)."""
+        gain = 1.0 if self.alpha is None else self.alpha.tanh() + 1
+        return gain * _attend(query, self.to_k_ip(image), self.to_v_ip(image))
 
 
 class _TextAndImage:
@@ -177,8 +179,7 @@ class _TextAndImage:
         rows = torch.arange(len(image), device=image.device)
         image = image.unflatten(1, (self.frames, TOKENS))[rows, rows % self.frames]
         query = _heads(attn.to_q(hidden_states), attn.heads)
-        out = _attend(query, attn.to_k(text), attn.to_v(text))
-        out = out + self.image.gain() * _attend(query, self.image.to_k_ip(image), self.image.to_v_ip(image))
+        out = _attend(query, attn.to_k(text), attn.to_v(text)) + self.image(query, image)
         return attn.to_out[1](attn.to_out[0](out))
 
 

@@ -5,19 +5,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..sample.adapter import Adapter
+from ..sample.adapter_rows import UNTUNED, keep_untuned
+
+GROUPS = {
+    "attention": ("to_q", "to_k", "to_v", "to_out.0", "attn.qkv", "attn.proj"),
+    "projections": ("proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "mlp.fc1", "mlp.fc2"),
+    "convolutions": ("conv1", "conv2", "conv3", "conv4", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"),
+}
+"""Names for the layers of diffusers' U-Nets and of transformers: of attention, of the feed-forward parts and what leads
+into a transformer, and of residual blocks."""
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A low-rank adapter on the layers whose names end in one of `target_modules`; scaled by lora_alpha / rank, which
-    is 1 where lora_alpha is absent."""
+    """A low-rank adapter on the layers whose names end in one of `target_modules`, or are of a group in GROUPS; scaled
+    by lora_alpha / rank, which is 1 where lora_alpha is absent."""
 
     rank: int = 16
     lora_alpha: float | None = None
-    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "attn.qkv", "attn.proj")
+    target_modules: tuple[str, ...] = ("attention",)
 
 
 def add_adapter(network: nn.Module, lora: Lora, in_full: Sequence[str]) -> None:
@@ -29,31 +38,53 @@ def add_adapter(network: nn.Module, lora: Lora, in_full: Sequence[str]) -> None:
         raise ValueError(f"rank must be at least 1, got {lora.rank}")
     network.requires_grad_(False)
     alpha = lora.rank if lora.lora_alpha is None else lora.lora_alpha
-    ends = tuple(f".{name}" for name in lora.target_modules)
+    ends = tuple(f".{end}" for name in lora.target_modules for end in GROUPS.get(name, (name,)))
     # What is trained in full has no adapter besides.
-    places = [n for n, _ in network.named_modules() if f".{n}".endswith(ends) and not n.startswith(tuple(in_full))]
+    found = {n: m for n, m in network.named_modules() if f".{n}".endswith(ends) and not n.startswith(tuple(in_full))}
+    places = [place for name, module in found.items() for place in _layers(name, module)]
     if not places:
         raise ValueError(f"the network has no layers called {', '.join(lora.target_modules)}, to be adapted")
     config = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=places)  # type: ignore[arg-type]
     inject_adapter_in_model(config, network, "default")
     for start in in_full:
-        found = [p for name, p in network.named_parameters() if name.startswith(start)]
-        if not found:
+        parameters = [p for name, p in network.named_parameters() if name.startswith(start)]
+        if not parameters:
             raise ValueError(f"the network has no parameters called {start}*, which are to be trained in full")
-        for parameter in found:
+        for parameter in parameters:
             parameter.requires_grad_(True)
+    tuned = [n for n, _ in network.named_modules() if n.startswith(tuple(in_full))]
+    keep_untuned(network.get_submodule(n) for n in tuned if not any(n.startswith(f"{other}.") for other in tuned))
+
+
+def _layers(name: str, module: nn.Module) -> list[str]:
+    """The layer itself; of a sequence, as temporal convolutions are, those in it."""
+    if not isinstance(module, nn.Sequential):
+        return [name]
+    return [f"{name}.{child}" for child, part in module.named_children() if isinstance(part, nn.Linear | nn.Conv3d)]
 
 
 def adapter_of(network: nn.Module) -> Adapter:
     """The adapter in a network that peft has adapted, and the plain network below it, as copies on the CPU."""
+    base, factors = _plain(network, tuned=True)
+    return Adapter(base, factors)
+
+
+def base_of(network: nn.Module) -> nn.Module:
+    """The plain network that an adapter was trained on, what is trained in full as it was, as a copy on the CPU."""
+    return _plain(network, tuned=False)[0]
+
+
+def _plain(network: nn.Module, tuned: bool) -> tuple[nn.Module, dict[str, tuple[Tensor, Tensor]]]:
     from peft.tuners.lora import LoraLayer
 
-    base, factors = copy.deepcopy(network).cpu(), {}
-    for name, module in list(base.named_modules()):
+    plain, factors = copy.deepcopy(network).cpu(), {}
+    for name, module in list(plain.named_modules()):
         if isinstance(module, LoraLayer):
             layer: Any = module
             factor_a, factor_b = (part["default"].weight.detach() for part in (layer.lora_A, layer.lora_B))
             factors[name] = factor_a, layer.scaling["default"] * factor_b
             parent, _, child = name.rpartition(".")
-            setattr(base.get_submodule(parent), child, layer.get_base_layer())
-    return Adapter(base.requires_grad_(False).eval(), factors)
+            setattr(plain.get_submodule(parent), child, layer.get_base_layer())
+        elif (untuned := module._modules.pop(UNTUNED, None)) is not None and not tuned:
+            module.load_state_dict(untuned.state_dict())
+    return plain.requires_grad_(False).eval(), factors

@@ -20,16 +20,16 @@ from ..callbacks.votes import decided
 from ..callbacks.wandb_log import log_bundle
 from ..callbacks.wandb_run import follow_up
 from ..sample.adapter import Adapter
+from ..sample.adapter_rows import Unadapted
 from ..sample.bundle import Bundle, Recorded
-from ..sample.candidates import with_network
 from ..sample.cheaper import with_setting
 from ..sample.guidance import Guidance
 from ..sample.manifest import new_folder, verify
-from ..sample.model import DiffusionModel
+from ..sample.model import DiffusionModel, with_network
 from ..sample.models import find
 from ..sample.precision import PRECISIONS, at_precision, guided_change
 from ..sample.reference import Reference
-from .adapters import adapter_of
+from .adapters import adapter_of, base_of
 from .compare import comparison_of, refuse_existing
 from .fine_tune import FineTune
 from .fit import FitCLI, last_checkpoint, load_run
@@ -212,12 +212,13 @@ def export(
 
 
 def _with_plain_prior(guidance: Guidance, model: DiffusionModel) -> Guidance:
-    """A prior from an earlier checkpoint of an adapter's run is adapted itself: merged, as the model is."""
+    """A prior that is the run's own network, without its adapter or at an earlier checkpoint, as a plain network."""
     prior = guidance.prior
     if prior is None or prior.model is model or not any("lora_" in name for name, _ in prior.model.named_parameters()):
         return guidance
-    network = adapter_of(prior.model.network).merged().eval().to(next(prior.model.network.parameters()).device)
-    return replace(guidance, prior=replace(prior, model=with_network(prior.model, network)))
+    own, device = prior.model.network, next(prior.model.network.parameters()).device
+    network = base_of(own.network) if isinstance(own, Unadapted) else adapter_of(own).merged().eval()
+    return replace(guidance, prior=replace(prior, model=with_network(prior.model, network.to(device))))
 
 
 def verify_apart(folder: File) -> str:

@@ -16,7 +16,7 @@ from priorguide.sample.models.stable_diffusion import StableDiffusion
 from priorguide.train import export as exporting
 from priorguide.train.adapters import Lora, adapter_of
 from priorguide.train.cli import main
-from priorguide.train.compare import comparison_of
+from priorguide.train.compare import comparison_of, full_comparison
 from priorguide.train.export import _portable, deployed, export
 from priorguide.train.fine_tune import FineTune
 from priorguide.train.fit import load_run
@@ -28,6 +28,8 @@ def adapted_run(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("adapted") / "run"
     configs = [word for name in ("instruct_pix2pix", "instruct_pix2pix_offline", "lora") for word in config(name)]
     options = ["--trainer.max_steps", "2", "--checkpoint.every_n_train_steps", "2", "--threads", "1"]
+    base = "{class_path: priorguide.sample.models.stable_diffusion.StableDiffusion.tiny}"
+    options += ["--trainer.callbacks.init_args.priors", f"{{self: null, base: base, sd15: {base}}}"]
     assert main(["fit", *configs, *options, "--trainer.default_root_dir", str(run)]) == 0
     return run
 
@@ -51,9 +53,10 @@ def test_nothing_takes_its_place_before_it_is_verified(run, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
-def test_an_adapters_run_exports_its_base_and_the_adapter(adapted_run, tmp_path):
+@pytest.mark.parametrize("prior", ["base", "sd15"])
+def test_an_adapters_run_exports_its_base_and_the_adapter(adapted_run, tmp_path, prior):
     out = tmp_path / "bundle"
-    assert main(["export", str(adapted_run), "--prior", "sd15", "--scale", "1.5:7.5", "--out", str(out)]) == 0
+    assert main(["export", str(adapted_run), "--prior", prior, "--scale", "1.5:7.5", "--out", str(out)]) == 0
     bundle = Bundle.load(out)  # export has replayed it in a process of its own
     assert bundle.manifest["model"]["stored"] == {"form": "adapter"}
     assert load_file(out / "unconditional_unet" / "part.safetensors").keys() == {"conv_in.weight", "conv_in.bias"}
@@ -64,6 +67,16 @@ def test_an_adapters_run_exports_its_base_and_the_adapter(adapted_run, tmp_path)
     told = bundle.manifest["provenance"]
     assert told["fine_tune"]["lora"]["rank"] == 16 and len(told["held_out_sha256"]) == 64
     assert str(adapted_run) not in (out / "priorguide.json").read_text()
+
+
+def test_an_adapter_is_watched_for_saturation_against_its_base(adapted_run, tmp_path):
+    cli, state = load_run(adapted_run)
+    for parameter in (p for name, p in cli.model.average.named_parameters() if "lora_B" in name):
+        parameter.data.normal_(generator=torch.Generator().manual_seed(0))
+    record, _, _ = full_comparison(cli, state, [(1.0, 1.0), (8.0, 8.0)])
+    watched = {(one["prior"], one["scales"][0]): one for one in record["saturation"]}
+    assert watched["base", 8.0]["energy"] > 1.5 and watched["base", 1.0]["energy"] == pytest.approx(1)
+    assert "base at scale 8, 8 goes too far" in watched["base", 8.0]["sentence"]
 
 
 def adapter_file(folder):

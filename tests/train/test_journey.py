@@ -104,7 +104,13 @@ def test_an_adapter_goes_the_whole_way(system, tmp_path):
     names, run = (system, f"{system}_offline", "lora"), tmp_path / "run"
     configs = [word for name in names for word in ("--config", str(CONFIGS / f"{name}.yaml"))]
     options = ["--trainer.max_steps", "4", "--checkpoint.every_n_train_steps", "4", "--threads", "1"]
+    comparison = {"priors": "{self: null, base: base}", "every_n_steps": "4"}
+    options += [word for name in comparison for word in (f"--trainer.callbacks.init_args.{name}", comparison[name])]
     assert main(["fit", *configs, *options, "--trainer.default_root_dir", str(run)]) == 0
+    assert {row["prior"] for row in json.loads((run / "compare" / "metrics.jsonl").read_text())["rows"]} == {
+        "self",
+        "base",
+    }
     held = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert any("lora_A" in name for name in held) and not any("base_layer" in name for name in held)
     assert main(["export", str(run), "--model-only"]) == 0

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..sample.adapter import Adapter
 from ..sample.adapter_rows import UNTUNED, keep_untuned
+from ..sample.bits import Bits, in_few_bits, reduce_bits, restore_bits
 
 GROUPS = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0", "attn.qkv", "attn.proj"),
@@ -22,11 +23,13 @@ into a transformer, and of residual blocks."""
 @dataclass(frozen=True)
 class Lora:
     """A low-rank adapter on the layers whose names end in one of `target_modules`, or are of a group in GROUPS; scaled
-    by lora_alpha / rank, which is 1 where lora_alpha is absent."""
+    by lora_alpha / rank, which is 1 where lora_alpha is absent. base_bits: holds the linear layers below it in 8 bits
+    ("int8") or 4 ("nf4"), by bitsandbytes."""
 
     rank: int = 16
     lora_alpha: float | None = None
     target_modules: tuple[str, ...] = ("attention",)
+    base_bits: Bits | None = None
 
 
 def add_adapter(network: nn.Module, lora: Lora, in_full: Sequence[str]) -> None:
@@ -45,7 +48,14 @@ def add_adapter(network: nn.Module, lora: Lora, in_full: Sequence[str]) -> None:
     if not places:
         raise ValueError(f"the network has no layers called {', '.join(lora.target_modules)}, to be adapted")
     config = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=places)  # type: ignore[arg-type]
+    if lora.base_bits:
+        reduce_bits(network, lora.base_bits, leave=in_full)
+    flag = {"int8": "is_loaded_in_8bit", "nf4": "is_loaded_in_4bit"}.get(lora.base_bits or "")
+    if flag:
+        setattr(network, flag, True)  # by which peft chooses its layers
     inject_adapter_in_model(config, network, "default")
+    if flag:
+        delattr(network, flag)
     for start in in_full:
         parameters = [p for name, p in network.named_parameters() if name.startswith(start)]
         if not parameters:
@@ -77,14 +87,15 @@ def base_of(network: nn.Module) -> nn.Module:
 def _plain(network: nn.Module, tuned: bool) -> tuple[nn.Module, dict[str, tuple[Tensor, Tensor]]]:
     from peft.tuners.lora import LoraLayer
 
-    plain, factors = copy.deepcopy(network).cpu(), {}
+    plain, factors = copy.deepcopy(network, {id(layer): layer for _, layer in in_few_bits(network)}), {}
     for name, module in list(plain.named_modules()):
         if isinstance(module, LoraLayer):
             layer: Any = module
             factor_a, factor_b = (part["default"].weight.detach() for part in (layer.lora_A, layer.lora_B))
-            factors[name] = factor_a, layer.scaling["default"] * factor_b
+            factors[name] = factor_a.cpu(), layer.scaling["default"] * factor_b.cpu()
             parent, _, child = name.rpartition(".")
             setattr(plain.get_submodule(parent), child, layer.get_base_layer())
         elif (untuned := module._modules.pop(UNTUNED, None)) is not None and not tuned:
             module.load_state_dict(untuned.state_dict())
-    return plain.requires_grad_(False).eval(), factors
+    restore_bits(plain)
+    return plain.cpu().requires_grad_(False).eval(), factors

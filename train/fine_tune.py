@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from ..sample.bits import in_few_bits
 from ..sample.checkpoint import read_checkpoint
 from ..sample.model import Condition, DiffusionModel
 from ..sample.noise import DiscretePath, add_noise, data_scale, like, weights
@@ -84,7 +85,9 @@ class FineTune(L.LightningModule):
         else:
             add_adapter(model.network, lora, model.added)
         self.lora = lora
-        frozen = {id(p): p for p in model.network.parameters() if not p.requires_grad}  # which the average shares
+        # What the average shares: layers in fewer bits as a whole, since these keep more than parameters.
+        frozen: dict[int, Any] = {id(p): p for p in model.network.parameters() if not p.requires_grad}
+        frozen |= {id(layer): layer for _, layer in in_few_bits(model.network)}
         self.average = copy.deepcopy(model.network, frozen).requires_grad_(False) if ema_decay else None
         if gradient_checkpointing:
             if not getattr(model.network, "_supports_gradient_checkpointing", False):

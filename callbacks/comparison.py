@@ -1,8 +1,8 @@
 """Compares priors while a model trains, and leaves the training as it found it."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path as File
 from typing import Any, Literal
@@ -12,20 +12,22 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from ..sample.agreement import as_pictures, as_texts
 from ..sample.candidates import Candidate, arms
+from ..sample.checkpoints import SIGN
 from ..sample.compare import compare, within_memory
-from ..sample.evaluate import Evaluation, costs_of, judge, to_device
+from ..sample.evaluate import Drawn, Evaluation, costs_of, drawn_from, to_device
 from ..sample.guidance import Arm, Guidance, Prior
 from ..sample.health import Health, null_health
 from ..sample.loop import Sampler
 from ..sample.metrics import USUAL, check_metrics
 from ..sample.model import Condition, DiffusionModel
-from ..sample.saturation import Energies, saturation
+from ..sample.parts import Parts
+from ..sample.saturation import Energies
 from ..sample.verdict import Rule
+from .judging import judged
 from .preemption import stopping, together
 from .records import write_comparison
-from .shares import check_enough, chunks, encode, gather, rows, share
+from .shares import check_enough, chunks, encode, gather, moved, rows, share
 from .wandb_log import log_comparison
 
 
@@ -82,6 +84,8 @@ class PriorComparison(L.Callback):
             raise ValueError(
                 f"every_n_steps and num_conditions must be at least 1, got {every_n_steps} and {num_conditions}"
             )
+        if odd := [name for name in priors if SIGN in name]:
+            raise ValueError(f"a candidate's name may hold no {SIGN}, which names checkpoints, got {odd[0]!r}")
         self.scales, self.sampler = scales, sampler or Sampler()
         self.priors = {name: _candidate(prior, interval, channels) for name, prior in priors.items()}
         self.every_n_steps, self.num_conditions = every_n_steps, num_conditions
@@ -188,6 +192,23 @@ class PriorComparison(L.Callback):
     ) -> Evaluation:
         """Samples and measures every arm, each rank its share of the conditions; if `full`, times them and decides."""
         n = num_conditions or self.num_conditions
+        drawn = self.draw(pl_module, data, n, rank=rank, world=world, scales=scales, full=full, on_step=on_step)
+        return judged(self, drawn, data, pl_module.device, self.rule if full else None)
+
+    def draw(
+        self,
+        pl_module: L.LightningModule,
+        data: Any,
+        n: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        scales: Sequence[Any] | None = None,
+        full: bool = False,
+        on_step: Callable[[int, int], None] | None = None,
+        parts: Parts | None = None,
+    ) -> Drawn:
+        """The pictures of every arm on the first n held-out conditions; if `full`, with energies and costs."""
         check_enough(data, n, self._reference())
         device = pl_module.device
         with ExitStack() as stack:
@@ -200,41 +221,24 @@ class PriorComparison(L.Callback):
             mine = share(n, rank, world)
             part = to_device({name: rows(value, mine) for name, value in batch.items()}, device)
             seeds = [self.seed + int(i) for i in mine]
+            if parts is not None:
+                parts.open(drawn_from(model, candidates, batch, seeds, self.sampler, device))
+                self.batch_size = parts.batch_size or self.batch_size
 
-            def draw(size: int) -> tuple[Condition, dict[Arm, Tensor], Energies]:
+            def sample(size: int) -> tuple[Condition, dict[Arm, Tensor], Energies]:
                 condition, watch = encode(model, part, size), Energies()
-                options: dict[str, Any] = {"batch_size": size, "on_step": on_step, "on_guided": watch if full else None}
+                options: dict[str, Any] = {"batch_size": size, "on_step": on_step, "parts": parts}
+                options["watch"] = watch if full else None
                 return condition, compare(model, condition, seeds, candidates, self.sampler, **options), watch
 
             with together(pl_module.trainer) if world > 1 else nullcontext():
-                (condition, pictures, watch), self.batch_size = within_memory(draw, self.batch_size)
+                (condition, pictures, watch), self.batch_size = within_memory(sample, self.batch_size)
             if world > 1:
                 pictures = gather(pl_module, pictures, n, world)
             if not all(images.isfinite().all() for images in pictures.values()):
                 raise ValueError("the pictures are no longer finite: lower the learning rate, or clip gradients")
-            costs = costs_of(model, condition, candidates, self.sampler, self.batch_size) if full else None
-            evaluation = judge(
-                pictures,
-                network=self.metric_network,  # type: ignore[arg-type]
-                reference=data.reference(self.num_reference, offset=n) if self._reference() else None,
-                target=batch.get("pixels") if self.has_target else None,
-                label=batch.get("class", batch.get("label")),
-                text=as_texts(batch.get("text")),
-                image=as_pictures(batch.get("image")),
-                image_text=as_texts(batch.get("image_text")),
-                clip=self.clip,  # type: ignore[arg-type]
-                perceptual=self.perceptual,
-                metrics=self.metrics,
-                rule=self.rule if full else None,
-                costs=costs,
-                floor=batch.get("pixels") if full else None,
-            )
-            if not full:
-                return evaluation
-            energy, real = watch.means(), batch["pixels"]
-            return replace(
-                evaluation, saturation={arm: saturation(pictures[arm], real, energy[arm]) for arm in pictures}
-            )
+            costs = costs_of(model, condition, candidates, self.sampler, self.batch_size) if full else {}
+            return Drawn(pictures, watch.means(), costs)
 
     def health(self, pl_module: L.LightningModule, data: Any, n: int) -> dict[str, Health]:
         """The null prediction of every network on n held-out pictures, see `null_health`."""
@@ -247,22 +251,14 @@ class PriorComparison(L.Callback):
                 plain = {name: prior for name, prior in priors.items() if prior is None or not prior.keep}
                 return null_health(model, plain, x_0, condition, batch_size=self.batch_size)
 
-    @contextmanager
-    def on_device(self, device: torch.device) -> Iterator[None]:
+    def on_device(self, device: torch.device) -> AbstractContextManager[None]:
         """Priors and metric network on the device, and back."""
         priors = self._bound[1].values() if self._bound else ()
         # A checkpoint's model shares all but its network with the one that is trained.
         guests: list[nn.Module] = [prior.model.network for prior in priors if prior and prior.model is not prior.onto]
         seers = (self.metric_network, self.clip, self.perceptual)
         guests += [m for m in (*seers, *(c.prior for c in self.priors.values())) if isinstance(m, nn.Module)]
-        homes = [next((p.device for p in m.parameters()), device) for m in guests]
-        try:
-            for module in guests:
-                module.to(device)
-            yield
-        finally:
-            for module, home in zip(guests, homes, strict=True):
-                module.to(home)
+        return moved(guests, device)
 
     # --- resume
 

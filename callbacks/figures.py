@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby, product
 from typing import Any
 
+from ..sample.checkpoints import unguided
 from ..sample.matched import across
 from .charts import Line, Point, curves, legend
 from .page import Html, tag
 from .quantities import AGREEMENTS, DISTANCES, candidate_text, measured, metric, number, present, reading, scale_text
-from .tables import NEUTRAL, Record, arm_name, in_order, is_winner, scrolling, styles
+from .tables import NEUTRAL, Record, arm_name, in_order, is_free, is_winner, scrolling, styles
 
 BAND = 1.96
 """Standard errors that the bands reach up and down: a 95 % interval."""
@@ -251,10 +252,12 @@ def _lines(record: Record, rows: Sequence[Record], point: Any = None) -> dict[st
     lines = {}
     for prior, style in styles(record).items():
         for dash, rest in enumerate(others):
-            own = [row for row in rows if row["prior"] in (prior, "none") and _without(row["scales"], k) == rest]
+            own = [
+                row for row in rows if row["prior"] in (prior, unguided(prior)) and _without(row["scales"], k) == rest
+            ]
             if any(row["prior"] == prior for row in own):
                 points = [made for row in own if point and (made := point(row, prior)) is not None]
-                name = "none (scale 1)" if prior == "none" else prior
+                name = f"{prior} (scale 1)" if is_free(prior) else prior
                 name += f", other scale {scale_text(rest)}" if len(others) > 1 else ""
                 lines[name] = Line(style, tuple(points), dash)
     return lines

@@ -13,7 +13,7 @@ from .page import Html, document, join, tag
 from .quantities import duration, plain, scale_text
 from .records import write_whole
 from .slider import by_scale, slider
-from .tables import Record, baseline, chosen, comparisons, in_order, numbers
+from .tables import Record, baseline, chosen, comparisons, in_order, is_free, numbers
 from .votes import booth, team
 
 START, END = "<!-- decision -->", "<!-- end of decision -->"
@@ -128,7 +128,7 @@ def _table(record: Record) -> Html | None:
     rows, caption = in_order(record), "Value ± standard error; ↓ lower is better, ↑ higher is better, the best in bold."
     if not rows:
         return None
-    if any(row["prior"] == "none" for row in rows):
+    if any(is_free(row["prior"]) for row in rows):
         caption += " “none” is the conditional prediction alone."
     decision = comparisons(record)
     if decision:

@@ -1,11 +1,12 @@
 """The held-out conditions of a comparison: enough of them, shared among ranks, encoded a few at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..sample.guidance import Arm
 from ..sample.model import Condition, DiffusionModel
@@ -52,3 +53,16 @@ def gather(pl_module: L.LightningModule, pictures: dict[Arm, Tensor], n: int, wo
             shares: Any = pl_module.all_gather(mine.to(pl_module.device))  # (world, share, C, H, W)
             gathered[id(mine)] = shares.transpose(0, 1).flatten(0, 1)[:n].cpu()
     return {arm: gathered[id(mine)] for arm, mine in pictures.items()}
+
+
+@contextmanager
+def moved(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """The modules on the device, and back where they were."""
+    homes = [next((p.device for p in module.parameters()), device) for module in modules]
+    try:
+        for module in modules:
+            module.to(device)
+        yield
+    finally:
+        for module, home in zip(modules, homes, strict=True):
+            module.to(home)

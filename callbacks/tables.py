@@ -7,6 +7,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from ..sample.checkpoints import unguided
 from .charts import COLOURS, interval, marker
 from .page import Html, join, tag
 from .quantities import (
@@ -36,9 +37,14 @@ def styles(record: Record) -> dict[str, int]:
     """Each prior's colour and marker, the same all over the page: the baseline's comes first, "none" is neutral."""
     rows = [*record.get("rows", []), *(row for entry in record.get("history", []) for row in entry["rows"])]
     names = sorted(
-        dict.fromkeys(row["prior"] for row in rows), key=lambda name: (name == "none", name != baseline(record))
+        dict.fromkeys(row["prior"] for row in rows), key=lambda name: (is_free(name), name != baseline(record))
     )
-    return {name: NEUTRAL if name == "none" else i + (i >= NEUTRAL) for i, name in enumerate(names)}
+    return {name: NEUTRAL if is_free(name) else i + (i >= NEUTRAL) for i, name in enumerate(names)}
+
+
+def is_free(name: str) -> bool:
+    """Whether a row of that name has no prior: "none", or "none@400"."""
+    return name == unguided(name)
 
 
 def baseline(record: Record) -> str:
@@ -50,12 +56,12 @@ def in_order(record: Record, rows: Sequence[Record] | None = None) -> list[Recor
     """The rows by prior, then by scale."""
     order = styles(record)
     rows = record.get("rows", []) if rows is None else rows
-    return sorted(rows, key=lambda row: (row["prior"] != "none", order[row["prior"]], tuple(row["scales"])))
+    return sorted(rows, key=lambda row: (not is_free(row["prior"]), order[row["prior"]], tuple(row["scales"])))
 
 
 def is_arm(row: Record, prior: str | None, scales: Sequence[float] | None) -> bool:
     """Whether the row is that prior at those scales; at a lowest scale of 1 every prior shares the row of "none"."""
-    return row["prior"] in (prior, "none") and list(row["scales"]) == list(scales or ())
+    return row["prior"] in (prior, unguided(prior or "")) and list(row["scales"]) == list(scales or ())
 
 
 def is_winner(record: Record, row: Record) -> bool:

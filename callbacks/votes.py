@@ -10,6 +10,7 @@ from typing import Any
 
 from scipy.special import betaincinv
 
+from ..sample.checkpoints import unguided
 from .figures import section
 from .page import Html, join, tag
 from .quantities import candidate_text, scale_text
@@ -96,7 +97,7 @@ def with_override(record: Record, prior: str, scales: Sequence[float], reason: s
     if not reason.strip():
         raise ValueError('an override needs its reason: --reason "..."')
     known = {name for name, _ in arms} | set((record.get("verdict") or {}).get("chosen") or {})
-    shared = prior in known and ("none", list(scales)) in arms  # at scale 1 no prior has a part
+    shared = prior in known and (unguided(prior), list(scales)) in arms  # at scale 1 no prior has a part
     if (prior, list(scales)) not in arms and not shared:
         told = "; ".join(candidate_text(*arm) for arm in arms)
         raise ValueError(

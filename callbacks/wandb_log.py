@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, WandbLogger
 from torch import Tensor
 
+from ..sample.checkpoints import row_name
 from ..sample.evaluate import Evaluation
 from ..sample.guidance import Arm
 from ..sample.manifest import MANIFEST, sha256
@@ -56,7 +57,7 @@ def scale_name(scales: Sequence[float]) -> str:
 
 def _distinct(pictures: Mapping[Arm, Tensor]) -> dict[str, Tensor]:
     """<prior>/<scale> -> pictures or clips (N, ...); those that no prior had a part in once, as "none"."""
-    named = {(("none" if scales[0] == 1 else prior), scales): value for (prior, scales), value in pictures.items()}
+    named = {(row_name(prior, scales), scales): value for (prior, scales), value in pictures.items()}
     return {f"{prior}/{scale_name(scales)}": value for (prior, scales), value in named.items()}
 
 
@@ -135,7 +136,7 @@ def summary_of(record: Mapping[str, Any]) -> dict[str, Any]:
     summary["verdict/scale"] = _scale(verdict["scales"])
     rows = {(row["prior"], tuple(row["scales"])): row for row in record["rows"]}
     for prior, scales in verdict["chosen"].items():
-        row = rows["none" if scales[0] == 1 else prior, tuple(scales)]
+        row = rows[row_name(prior, scales), tuple(scales)]
         summary[f"best/{prior}/scale"] = _scale(scales)
         summary |= {f"best/{prior}/{name}": estimate["value"] for name, estimate in row["metrics"].items()}
         summary |= {f"best/{prior}/{cost}": row[cost] for cost in COSTS if cost in row}

@@ -12,7 +12,9 @@ from torch import Tensor
 from .guidance import Arm, Guidance
 from .loop import Sampler, trajectories
 from .model import Condition, DiffusionModel
+from .parts import Part, Parts
 from .planning import evaluations
+from .saturation import Energies, energy_ratio
 
 _T = TypeVar("_T")
 
@@ -35,13 +37,14 @@ def compare(
     *,
     batch_size: int = 64,
     on_step: Callable[[int, int], None] | None = None,
-    on_guided: Callable[[Arm, Tensor, Tensor], None] | None = None,
+    watch: Energies | None = None,
+    parts: Parts | None = None,
 ) -> dict[Arm, Tensor]:
     """Pixels (N, C, H, W) in [0, 1], on the CPU, of every arm, from the same noise and conditions.
 
     Arms advance together, `batch_size` conditions at a time. Arms that evaluate no prior (lowest scale 1) and
-    are otherwise alike are sampled once. `on_step` is called with (steps done, steps in all), `on_guided` at each step
-    with (arm, its guided prediction, its most conditioned one).
+    are otherwise alike are sampled once. `on_step` is called with (steps done, steps in all). `watch` sees each step's
+    guided predictions. What `parts` holds is not sampled again; what is sampled is kept there.
     """
     scheduler = sampler.make(model)
     unique: dict[object, Guidance] = {}
@@ -51,20 +54,17 @@ def compare(
         key = how if guidance.scales[0] == 1 else arm
         same[arm] = key
         unique.setdefault(key, guidance)
+    keys = list(unique)
 
-    def watch(number: int, guided: Tensor, conditional: Tensor) -> None:
-        key = list(unique)[number]
-        for arm in (arm for arm in candidates if same[arm] == key):
-            on_guided(arm, guided, conditional)  # type: ignore[misc]
+    def draw(part: slice, number: int, chunks: int) -> Part:
+        seen: dict[object, list[Tensor]] = {key: [] for key in keys}
 
-    chunks = range(0, len(seeds), batch_size)
-    done: dict[object, list[Tensor]] = {key: [] for key in unique}
-    for number, start in enumerate(chunks):
-        part = slice(start, start + batch_size)
-
-        def report(step: int, total: int, number: int = number) -> None:
+        def report(step: int, total: int) -> None:
             if on_step is not None:
-                on_step(number * total + step + 1, len(chunks) * total)
+                on_step(number * total + step + 1, chunks * total)
+
+        def look(arm: int, guided: Tensor, conditional: Tensor) -> None:
+            seen[keys[arm]].append(energy_ratio(guided, conditional))
 
         x_0 = trajectories(
             model,
@@ -75,11 +75,26 @@ def compare(
             steps=sampler.steps,
             eta=sampler.eta,
             on_step=report,
-            on_guided=watch if on_guided else None,
+            on_guided=look if watch is not None else None,
         )
-        for key, latent in zip(unique, x_0, strict=True):
-            done[key].append(model.decode(latent).float().cpu())
-    pictures = {key: torch.cat(parts) for key, parts in done.items()}
+        ratios = [torch.stack(found).cpu() for found in seen.values() if found]
+        return Part([model.decode(latent).float().cpu() for latent in x_0], ratios)
+
+    done: list[Part] = []
+    start = 0
+    while start < len(seeds):
+        found = parts.read(start) if parts else None
+        if found is None or len(found.pictures) != len(keys) or (watch is not None and not found.ratios):
+            left = -(-(len(seeds) - start) // batch_size)
+            found = draw(slice(start, start + batch_size), len(done), len(done) + left)
+            if parts:
+                parts.write(start, found, batch_size)
+        done.append(found)
+        start += len(found.pictures[0])
+    if watch is not None:
+        for arm, key in same.items():
+            watch.add(arm, torch.cat([part.ratios[keys.index(key)] for part in done]))
+    pictures = {key: torch.cat([part.pictures[i] for part in done]) for i, key in enumerate(keys)}
     return {arm: pictures[key] for arm, key in same.items()}
 
 

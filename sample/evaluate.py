@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .agreement import Asked, Perceptual
+from .checkpoints import at, decide_over, row_name
 from .compare import Cost, cost
 from .distances import Estimate, Reference
 from .feature_networks import Clip, FeatureNetwork, features_of
@@ -15,8 +16,32 @@ from .guidance import Arm, Guidance, Scales
 from .loop import Sampler
 from .metrics import USUAL, Scores, check_metrics, score_as_asked, summarise
 from .model import Condition, DiffusionModel
+from .parts import fingerprint
+from .recipe import guidance_to_json
 from .saturation import Saturation
-from .verdict import Rule, Verdict, decide
+from .verdict import Rule, Verdict
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What was sampled, before it is measured: per arm its pictures (N, C, H, W) in [0, 1], the mean energy ratio of
+    its guidance (see `saturation`) and its cost; the latter two may be missing."""
+
+    pictures: dict[Arm, Tensor]
+    energies: dict[Arm, float] = field(default_factory=dict)
+    costs: dict[Arm, Cost] = field(default_factory=dict)
+
+    def at(self, step: int) -> "Drawn":
+        """The same, its candidates named by their checkpoint's step, so that several may be joined."""
+        return Drawn(
+            *({(at(prior, step), s): value for (prior, s), value in part.items()} for part in self._parts())  # type: ignore[arg-type]
+        )
+
+    def __or__(self, other: "Drawn") -> "Drawn":
+        return Drawn(*(own | more for own, more in zip(self._parts(), other._parts(), strict=True)))  # type: ignore[arg-type, operator]
+
+    def _parts(self) -> tuple[dict[Arm, Any], ...]:
+        return self.pictures, self.energies, self.costs
 
 
 @dataclass(frozen=True)
@@ -31,10 +56,11 @@ class Evaluation:
     saturation: dict[Arm, Saturation] = field(default_factory=dict)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One JSON-able row per arm; arms of lowest scale 1 evaluate no prior and share one row, named "none"."""
+        """One JSON-able row per arm; arms of lowest scale 1 evaluate no prior and share one row per checkpoint, named
+        "none", or "none@<step>" where there are several."""
         rows: dict[tuple[str, Scales], dict[str, Any]] = {}
         for (prior, scales), metrics in self.metrics.items():
-            name = "none" if scales[0] == 1 else prior
+            name = row_name(prior, scales)
             row: dict[str, Any] = {
                 "prior": name,
                 "scales": list(scales),
@@ -90,7 +116,9 @@ def judge(
         if id(images) not in scored:
             scores = score_as_asked(images, asked, network, label)
             scored[id(images)] = scores, summarise(scores, real, metrics)
-    verdict = decide({arm: scored[id(images)][0] for arm, images in pictures.items()}, real, rule) if rule else None
+    verdict = (
+        decide_over({arm: scored[id(images)][0] for arm, images in pictures.items()}, real, rule) if rule else None
+    )
     bottom = (
         summarise(Scores(features_of(network, floor)), real, metrics)
         if floor is not None and network is not None
@@ -112,6 +140,29 @@ def costs_of(
         if key not in timed:
             timed[key] = cost(model, part, seeds, guidance, sampler)
     return {arm: timed[("none", True) if arm[1][0] == 1 else (arm[0], False)] for arm in candidates}
+
+
+def drawn_from(
+    model: DiffusionModel,
+    candidates: Mapping[Arm, Guidance],
+    batch: Mapping[str, Any],
+    seeds: Sequence[int],
+    sampler: Sampler,
+    device: torch.device,
+) -> str:
+    """A fingerprint of all that pictures depend on: weights, guidance, conditions, noise, sampler, torch and device."""
+    known: dict[int, str] = {}
+
+    def weights(network: DiffusionModel) -> str:
+        if id(network) not in known:
+            known[id(network)] = fingerprint(network.config(), network)
+        return known[id(network)]
+
+    arms = [
+        (arm, guidance_to_json(guidance), (prior := guidance.prior) and (weights(prior.model), prior.keep))
+        for arm, guidance in candidates.items()
+    ]
+    return fingerprint(weights(model), arms, batch, seeds, sampler, device.type, torch.__version__)
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 from scipy.special import stdtrit
 
+from .checkpoints import unguided
 from .distances import Estimate
 from .metrics import BETTER
 
@@ -75,7 +76,7 @@ def curves(rows: Sequence[Row], prior: str, agreement: str, distance: str) -> li
     lines: dict[tuple[float, ...], list[Measured]] = {}
     for row in sorted(rows, key=lambda row: row["scales"][k]):
         x, y = _estimate(row, agreement), _estimate(row, distance)
-        if row["prior"] in (prior, "none") and x and y:
+        if row["prior"] in (prior, unguided(prior)) and x and y:
             rest = (*row["scales"][:k], *row["scales"][k + 1 :])
             lines.setdefault(rest, []).append(Measured(row["scales"][k], x, y))
     return list(lines.values())
@@ -95,7 +96,11 @@ def matched(
     "priors": name -> scale, distance, error, or None where the curve does not get there, and "reached": name -> the
     least and the greatest agreement on the candidate's curve. Agreements that the baseline's row lacks are left out.
     """
-    own = [r for r in rows if r["prior"] in (baseline, "none") and list(r["scales"]) == list(chosen.get(baseline, ()))]
+    own = [
+        r
+        for r in rows
+        if r["prior"] in (baseline, unguided(baseline)) and list(r["scales"]) == list(chosen.get(baseline, ()))
+    ]
     entries = []
     for agreement in agreements:
         level = _estimate(own[0], agreement) if own else None

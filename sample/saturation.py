@@ -50,20 +50,24 @@ def _clipped(pictures: Tensor) -> float:
     return ((pictures < EDGE) | (pictures > 1 - EDGE)).float().mean().item()
 
 
+def energy_ratio(guided: Tensor, conditional: Tensor) -> Tensor:
+    """How much larger a guided prediction is than the conditional one: the ratio of their root mean squares, ()."""
+    return guided.square().mean().sqrt() / conditional.square().mean().sqrt()
+
+
 class Energies:
-    """How much larger each arm's guided prediction is than its conditional one, watched while `compare` samples: the
-    ratio of their root mean squares, 1 where there is no guidance."""
+    """The `energy_ratio` of each arm at each step, watched while `compare` samples; 1 where there is no guidance."""
 
     def __init__(self) -> None:
-        self._ratios: dict[Arm, list[Tensor]] = {}
+        self._ratios: dict[Arm, Tensor] = {}
 
-    def __call__(self, arm: Arm, guided: Tensor, conditional: Tensor) -> None:
-        ratio = guided.square().mean().sqrt() / conditional.square().mean().sqrt()
-        self._ratios.setdefault(arm, []).append(ratio)
+    def add(self, arm: Arm, ratios: Tensor) -> None:
+        """Ratios (steps,) of an arm."""
+        self._ratios[arm] = torch.cat([self._ratios[arm], ratios]) if arm in self._ratios else ratios
 
     def means(self) -> dict[Arm, float]:
         """Over all steps that were watched."""
-        return {arm: torch.stack(ratios).mean().item() for arm, ratios in self._ratios.items()}
+        return {arm: ratios.mean().item() for arm, ratios in self._ratios.items()}
 
 
 def in_words(arm: Arm, found: Saturation) -> str | None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path as File
 from typing import Any
@@ -13,15 +14,17 @@ from ..callbacks.report import with_decision
 from ..callbacks.votes import decided
 from ..sample.candidates import Candidate
 from ..sample.cheaper import FULL, cheapest, default_margin, variants
+from ..sample.checkpoints import parted
 from ..sample.guidance import Arm
-from .compare import compare_run, comparison_of, progress
+from .compare import compare_run
 from .fine_tune import FineTune
 from .fit import FitCLI, load_run
+from .record import comparison_of, find_checkpoint, progress
 
 
 def cheaper_run(
     run: str | File,
-    checkpoint: str | None = None,
+    checkpoints: Sequence[str] = (),
     scales: Any = None,
     conditions: int | None = None,
     margin: float | None = None,
@@ -33,13 +36,14 @@ def cheaper_run(
     """
     folder = File(out) if out else File(run) / "comparison"
     if not folder.exists():
-        compare_run(run, checkpoint, scales, conditions, out)
+        compare_run(run, checkpoints, scales, conditions, out)
     if not (folder / "record.json").is_file():
         raise ValueError(f"there is no {folder / 'record.json'}: remove {folder}, or give the comparison's own --out")
     record = json.loads((folder / "record.json").read_text())
     if not record.get("verdict"):
         raise ValueError(f"{folder / 'record.json'} holds no verdict: there is no pair to make cheaper")
-    cli, _ = load_run(run, checkpoint)
+    own = find_checkpoint(record, run, decided(record)["prior"])
+    cli, _ = load_run(run, own or next(iter(checkpoints), None))
     record["cheaper"] = search(cli, record, conditions or record["conditions"], margin)
     page = with_decision((folder / "index.html").read_text(encoding="utf-8"), record)
     write_whole(folder / "record.json", json.dumps(record, indent=1))
@@ -56,14 +60,15 @@ def search(cli: FitCLI, record: dict[str, Any], conditions: int, margin: float |
     fine_tune.to(cli.trainer.strategy.root_device)
     deployed = decided(record)
     arm: Arm = deployed["prior"], tuple(deployed["scales"])
-    if arm[0] not in callback.priors:
+    name = parted(arm[0])[0]
+    if name not in callback.priors:
         raise ValueError(f"the record decides for {arm[0]!r}, which is not among the run's {sorted(callback.priors)}")
     with torch.no_grad(), fine_tune.averaged() as model:
-        guidance = callback.candidates(model, [arm[1]])[arm]
+        guidance = callback.candidates(model, [arm[1]])[name, arm[1]]
         scheduler = callback.sampler.make(model)
         scheduler.set_timesteps(callback.sampler.steps)
         options = variants(guidance, scheduler.timesteps.tolist())
-    candidate = callback.priors[arm[0]]
+    candidate = callback.priors[name]
     if candidate.checkpoint is not None and guidance.prior is not None:  # read once, not per setting
         candidate = replace(candidate, checkpoint=None, prior=guidance.prior.model)
     settings = {

@@ -41,7 +41,8 @@ def parser() -> argparse.ArgumentParser:
 
     compare = add("compare", "compare priors over scales with a run's checkpoint, and decide")
     compare.add_argument("run", help="the folder of a fit")
-    compare.add_argument("--checkpoint", default=None, help="default: checkpoints/last.ckpt")
+    text = "default: checkpoints/last.ckpt; of several, every candidate is compared with every one's weights"
+    compare.add_argument("--checkpoint", nargs="+", default=[], metavar="FILE", help=text)
     compare.add_argument("--scales", default=None, help="e.g. 1,1.5,2,3 or, for longer ladders, 1.5:7.5,1.5:5")
     compare.add_argument("--conditions", type=int, default=None, help="how many held-out conditions")
     compare.add_argument("--out", default=None, help="a new folder (default: RUN/comparison)")
@@ -163,7 +164,9 @@ def _run(args: argparse.Namespace) -> int:
 
             cheaper_run(args.run, args.checkpoint, scales, args.conditions, args.margin, args.out)
         elif args.condition:
-            compare_on(args.run, args.condition, args.seeds, args.checkpoint, scales, args.out)
+            if len(args.checkpoint) > 1:
+                raise UsageError("with --condition there is one --checkpoint")
+            compare_on(args.run, args.condition, args.seeds, next(iter(args.checkpoint), None), scales, args.out)
         else:
             compare_run(args.run, args.checkpoint, scales, args.conditions, args.out)
     elif args.command == "export":

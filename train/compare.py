@@ -1,55 +1,71 @@
 """`priorguide compare`: the full comparison of a run's candidates, its record and its page."""
 
-import importlib.metadata
 import json
-import platform
-import time
+import shutil
 from collections.abc import Sequence
 from pathlib import Path as File
 from typing import Any
 
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..callbacks.comparison import PriorComparison
-from ..callbacks.figures import distances
 from ..callbacks.panels import panel
-from ..callbacks.quantities import AGREEMENTS, candidate_text, present
-from ..callbacks.records import shown, write_panel, write_whole
+from ..callbacks.quantities import candidate_text
+from ..callbacks.records import write_panel, write_whole
 from ..callbacks.report import with_decision, write_report
 from ..callbacks.tables import terminal_table
 from ..callbacks.votes import told, with_override, with_votes
 from ..callbacks.wandb_log import log_result, scale_name
 from ..callbacks.wandb_run import follow_up
-from ..sample import saturation
+from ..sample.checkpoint import read_checkpoint
 from ..sample.compare import compare
 from ..sample.evaluate import Evaluation
-from ..sample.health import in_words
 from ..sample.manifest import new_folder
-from ..sample.matched import matched, needed
-from .fine_tune import FineTune
-from .fit import FitCLI, load_run
+from ..sample.parts import Parts
+from .fit import FitCLI, last_checkpoint, load_run
+from .record import comparison_of, full_comparison
 from .sampling import crossed, parse_seeds, read_condition, write_pictures
 
 
 def compare_run(
     run: str | File,
-    checkpoint: str | None = None,
+    checkpoints: Sequence[str] = (),
     scales: Sequence[tuple[float, ...]] | None = None,
     conditions: int | None = None,
     out: str | None = None,
 ) -> dict[str, Any]:
-    """Compares the checkpoint's candidates, and writes record.json, panel.png and index.html into a new folder."""
+    """Compares the candidates, with one checkpoint's weights or with several's, and writes record.json, panel.png and
+    index.html into a new folder.
+
+    Until then finished chunks lie in a folder beside it, from which the same comparison goes on where it was stopped.
+    """
     folder = File(out) if out else File(run) / "comparison"
     refuse_existing(folder)
-    cli, state = load_run(run, checkpoint)
-    record, pictures, evaluation = full_comparison(cli, state, scales, conditions)
+    files = by_step([File(checkpoint) for checkpoint in checkpoints] or [last_checkpoint(run)])
+    cli, state = load_run(run, files[-1])
+    parts = Parts(folder.with_name(f".{folder.name}.parts"))
+    record, pictures, evaluation = full_comparison(cli, state, scales, conditions, files, parts, File(run))
     save_comparison(folder, cli, record, pictures, evaluation)
+    parts.remove()
+    for aside in folder.parent.glob(f".{folder.name}.*.partial"):  # of a process that was killed while it wrote
+        shutil.rmtree(aside, ignore_errors=True)
     show(record)
     with follow_up(run, "compare") as logged:
         log_result(logged, record, folder / "index.html")
     return record
+
+
+def by_step(files: Sequence[File]) -> list[File]:
+    """The checkpoints by rising step; of two of one step, such as last.ckpt and its twin, the first given."""
+    if len(files) < 2:
+        return list(files)
+    found: dict[int, File] = {}
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"there is no checkpoint {file}")
+        step = int(read_checkpoint(file)["global_step"])
+        if (twin := found.setdefault(step, file)) is not file:
+            print(f"{file.name} is of step {step}, as {twin.name} is, and left out")
+    return [found[step] for step in sorted(found)]
 
 
 def compare_on(
@@ -111,89 +127,6 @@ def refuse_existing(folder: File) -> None:
         raise ValueError(f"{folder} exists already; choose a new --out, or remove it")
 
 
-def comparison_of(cli: FitCLI) -> PriorComparison:
-    """The run's PriorComparison callback, which holds the candidates. ValueError where it has none."""
-    for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, PriorComparison):
-            return callback
-    raise ValueError("the run's config has no PriorComparison callback: it names the candidates to compare")
-
-
-def full_comparison(
-    cli: FitCLI,
-    state: dict[str, Any],
-    scales: Sequence[tuple[float, ...]] | None = None,
-    conditions: int | None = None,
-) -> tuple[dict[str, Any], dict[str, Any], Evaluation]:
-    """(record, pictures for the page, evaluation) of the run's candidates over all scales, with a progress bar."""
-    callback, fine_tune, data = comparison_of(cli), cli.model, cli.datamodule
-    assert isinstance(fine_tune, FineTune)
-    data.setup("fit")
-    fine_tune.to(cli.trainer.strategy.root_device)
-    start = time.perf_counter()
-    with progress() as bar:
-        task = bar.add_task("comparing", total=None)
-        evaluation = callback.evaluate(
-            fine_tune,
-            data,
-            scales=scales,
-            num_conditions=conditions,
-            full=True,
-            on_step=lambda step, total: bar.update(task, completed=step, total=total),
-        )
-    count = conditions or callback.num_conditions
-    found = callback.health(fine_tune, data, count)
-    others = {name: in_words(name, one) for name, one in found.items() if any(one.gap)}  # not the model's own
-    health = {name: {**one.to_json(), "sentence": others.get(name)} for name, one in found.items()}
-    watched = [
-        {"prior": arm[0], "scales": list(arm[1]), **one.to_json(), "sentence": saturation.in_words(arm, one)}
-        for arm, one in evaluation.saturation.items()
-    ]
-    record: dict[str, Any] = {
-        "rows": evaluation.rows(),
-        "verdict": evaluation.verdict.to_json() if evaluation.verdict else None,
-        "floor": {name: estimate.value for name, estimate in evaluation.floor.items()},
-        "history": next((s["history"] for s in state.get("callbacks", {}).values() if "history" in s), []),
-        "sampling": {
-            "scheduler": callback.sampler.scheduler,
-            "steps": callback.sampler.steps,
-            "eta": callback.sampler.eta,
-            **callback.sampler.options,
-        },
-        "health": health,
-        "saturation": watched,
-        "conditions": count,
-        "reference": callback.num_reference,
-        "step": state.get("global_step"),
-        "seconds_comparing": time.perf_counter() - start,
-        "environment": environment(),
-    }
-    chosen = evaluation.verdict.chosen if evaluation.verdict else {}
-    arms = {(prior, tuple(s)): evaluation.pictures[prior, tuple(s)] for prior, s in chosen.items()}
-    batch = callback.examples(data, count)
-    pictures = {
-        "condition": shown(batch, "image"),
-        "target": shown(batch, "pixels"),
-        "caption": batch.get("text"),
-        "fps": batch.get("fps"),
-        "candidates": {candidate_text(*arm): images for arm, images in arms.items()},
-        "arms": evaluation.pictures,
-    }
-    return record | read_off(record), pictures, evaluation
-
-
-def read_off(record: dict[str, Any]) -> dict[str, Any]:
-    """What follows from a record's rows and verdict: distances "matched" at equal agreement with the condition, and
-    the conditions "needed" to settle what the verdict left open."""
-    rows, verdict, found = record["rows"], record["verdict"], distances(record)
-    if not verdict:
-        return {}
-    agreements = [key for key in present(rows) if key in AGREEMENTS]
-    baseline, chosen = verdict["rule"]["baseline"], verdict["chosen"]
-    equal = matched(rows, chosen, baseline, found[0], agreements) if found else []
-    return {"matched": equal, "needed": needed(verdict)}
-
-
 def save_comparison(
     folder: File, cli: FitCLI, record: dict[str, Any], pictures: dict[str, Any], evaluation: Evaluation
 ) -> None:
@@ -215,24 +148,3 @@ def show(record: dict[str, Any]) -> None:
     told = [*record.get("health", {}).values(), *record.get("saturation", [])]
     for sentence in filter(None, (entry["sentence"] for entry in told)):
         console.print(sentence)
-
-
-def progress() -> Progress:
-    """A bar with rate and time left."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total} steps"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-
-
-def environment() -> dict[str, str]:
-    """What the figures were measured with."""
-    return {
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "threads": str(torch.get_num_threads()),
-        **{name: importlib.metadata.version(name) for name in ("priorguide", "torch", "diffusers", "lightning")},
-    }

@@ -1,9 +1,7 @@
 """`priorguide export`: the run's network and the prior that won, as one bundle that is checked before it is kept."""
 
-import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,10 +10,6 @@ from dataclasses import replace
 from pathlib import Path as File
 from typing import Any
 
-from huggingface_hub import constants
-from torch import Tensor
-
-from ..callbacks.redact import redact
 from ..callbacks.votes import decided
 from ..callbacks.wandb_log import log_bundle
 from ..callbacks.wandb_run import follow_up
@@ -23,6 +17,7 @@ from ..sample.adapter import Adapter
 from ..sample.adapter_rows import Unadapted
 from ..sample.bundle import Bundle, Recorded
 from ..sample.cheaper import with_setting
+from ..sample.checkpoints import parted
 from ..sample.guidance import Guidance
 from ..sample.manifest import new_folder, verify
 from ..sample.model import DiffusionModel, with_network
@@ -30,9 +25,11 @@ from ..sample.models import find
 from ..sample.precision import PRECISIONS, at_precision, guided_change
 from ..sample.reference import Reference
 from .adapters import adapter_of, base_of
-from .compare import comparison_of, refuse_existing
+from .compare import refuse_existing
 from .fine_tune import FineTune
 from .fit import FitCLI, last_checkpoint, load_run
+from .provenance import provenance
+from .record import comparison_of, find_checkpoint
 
 RECORDED_PICTURES = 16
 
@@ -55,11 +52,15 @@ def export_run(
     record = json.loads(path.read_text()) if path.is_file() else None
     if record is None and (prior is None or scales is None):
         raise ValueError(f"there is no {path}: run `priorguide compare {run}` first, or give --prior and --scale")
-    cli, state = load_run(run, checkpoint)
+    own = find_checkpoint(record or {}, run, prior or decided(record or {})["prior"]) if checkpoint is None else None
+    file = File(checkpoint) if checkpoint else own or last_checkpoint(run)
+    cli, state = load_run(run, file)
+    if own is None and record and record.get("step") != state.get("global_step"):
+        print(f"{path} was made of step {record.get('step')}, {file.name} is of step {state.get('global_step')}")
     cli.datamodule.setup("fit")
     print(export_checked(cli, state, folder, record, prior, scales, restricted, prior_as))
     with follow_up(run, "export") as logged:
-        log_bundle(logged, File(checkpoint) if checkpoint else last_checkpoint(run), folder, record)
+        log_bundle(logged, file, folder, record)
     return folder
 
 
@@ -101,57 +102,6 @@ def deployed(fine_tune: FineTune) -> Iterator[tuple[DiffusionModel, Adapter | No
             model.network = adapted
 
 
-def provenance(cli: FitCLI, state: dict[str, Any], examples: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Where the weights come from: the step, the seed, what started and fed the training, with the commits of what
-    came from the Hub, and a hash of the held-out `examples`. A bundle is made to be passed on: no secret, and of local
-    paths their last part alone."""
-    config = cli.config
-    told = _portable(redact({"model": config.model.as_dict(), "data": config.data.as_dict()}))
-    return {
-        "step": state.get("global_step"),
-        "seed": config.seed_everything,
-        "model": told["model"].pop("model"),
-        "fine_tune": told["model"],
-        "data": told["data"],
-        "class_names": list(getattr(cli.datamodule, "class_names", ())),
-        "commits": _commits(config.model.model.as_dict()),
-        "held_out_sha256": _fingerprint(examples) if examples else None,
-    }
-
-
-def _portable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _portable(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_portable(item) for item in value]
-    if isinstance(value, str) and (found := re.fullmatch(r"(\w+:)?(?:/(?!/)|~/|[A-Za-z]:\\).*?([^/\\]*)[/\\]*", value)):
-        return f"{found[1] or ''}{found[2]}"
-    return value
-
-
-def _commits(config: Any, found: dict[str, str] | None = None) -> dict[str, str]:
-    """Of every repository on the Hub that a config names, the commit that its cache holds for the revision asked."""
-    found = {} if found is None else found
-    if isinstance(config, dict):
-        for value in config.values():
-            if isinstance(value, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", value):
-                kept = File(constants.HF_HUB_CACHE, f"models--{value.replace('/', '--')}", "refs")
-                ref = kept / str(config.get("revision") or "main")
-                if ref.is_file():
-                    found[value] = ref.read_text().strip()
-            _commits(value, found)
-    return found
-
-
-def _fingerprint(batch: dict[str, Any]) -> str:
-    """SHA-256 of a batch's tensors, by name."""
-    digest = hashlib.sha256()
-    for name in sorted(batch):
-        if isinstance(value := batch[name], Tensor):
-            digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def export(
     cli: FitCLI,
     state: dict[str, Any],
@@ -170,15 +120,16 @@ def export(
     callback, fine_tune = comparison_of(cli), cli.model
     assert isinstance(fine_tune, FineTune)
     verdict = decided(record or {})
-    name = prior or verdict["prior"]
-    wanted = scales or tuple(verdict["chosen"].get(name, verdict["scales"]))
+    named = prior or verdict["prior"]
+    wanted = scales or tuple(verdict["chosen"].get(named, verdict["scales"]))
+    name = parted(named)[0]
     if name not in callback.priors:
         raise ValueError(f"prior must be among the run's candidates {sorted(callback.priors)}, got {name!r}")
     held = None if prior_as in (None, "float32") else prior_as if prior_as in PRECISIONS else Reference.parse(prior_as)
     with fine_tune.averaged() as model:
         whole: Guidance = callback.candidates(model, [wanted])[name, wanted]
     if prior is None and scales is None:
-        whole = with_setting(whole, record, name)
+        whole = with_setting(whole, record, named)
     with deployed(fine_tune) as (model, adapter):
         guidance = whole = _with_plain_prior(whole, model)
         if isinstance(held, str):

@@ -195,12 +195,18 @@ def load_run(folder: str | File, checkpoint: str | File | None = None) -> tuple[
     stored = {key: stored[key] for key in ("seed_everything", "threads", "trainer", "checkpoint", "model", "data")}
     # One process on what this machine has, wherever the run was trained.
     stored["trainer"] |= {"logger": False, "accelerator": "auto", "devices": 1, "num_nodes": 1, "strategy": "auto"}
-    state = read_checkpoint(path)
+    read_checkpoint(path)  # before all that takes time
     cli = build(stored, run=False)
+    return cli, load_weights(cli, path)
+
+
+def load_weights(cli: FitCLI, path: str | File) -> dict[str, Any]:
+    """Puts a checkpoint's weights in the place of those that a `load_run` has; returns the checkpoint."""
+    state = read_checkpoint(path)
     cli.model.on_load_checkpoint(state)
     cli.model.load_state_dict(state["state_dict"], strict=False)
     cli.model.eval()
-    return cli, state
+    return state
 
 
 def quiet() -> None:

@@ -10,9 +10,10 @@ from rich.console import Console
 
 from ..callbacks.wandb_log import log_bundle, log_result
 from ..callbacks.wandb_run import finish, follow_up
-from .compare import full_comparison, refuse_existing, save_comparison, show
+from .compare import refuse_existing, save_comparison, show
 from .export import export_checked
 from .fit import fit, last_checkpoint, load_run
+from .record import full_comparison
 
 
 @dataclass(frozen=True)

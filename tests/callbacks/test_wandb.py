@@ -15,9 +15,10 @@ from priorguide.callbacks.wandb_log import log_bundle, log_comparison, log_resul
 from priorguide.callbacks.wandb_run import finish, follow_up, start
 from priorguide.sample.manifest import sha256
 from priorguide.sample.pictures import to_uint8
-from priorguide.train.compare import full_comparison, save_comparison
+from priorguide.train.compare import save_comparison
 from priorguide.train.export import export
 from priorguide.train.fit import fit, last_checkpoint, load_run
+from priorguide.train.record import full_comparison
 
 
 @pytest.fixture(scope="module")

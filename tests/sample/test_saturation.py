@@ -27,7 +27,7 @@ def test_contrast_and_clipping_are_relative_to_real_pictures():
 def test_energy_of_no_guidance_is_1_and_grows_with_the_scale():
     model = pixel_model()
     candidates = {("self", (s,)): Guidance((s,)) for s in (1.0, 3.0, 9.0)}
-    compare(model, pixel_condition(), [1, 2, 3], candidates, Sampler(steps=3), on_guided=(watch := Energies()))
+    compare(model, pixel_condition(), [1, 2, 3], candidates, Sampler(steps=3), watch=(watch := Energies()))
     one, three, nine = watch.means().values()
     assert one == pytest.approx(1, abs=1e-6) and abs(three - 1) > 1e-3 and nine > three
 

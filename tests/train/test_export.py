@@ -16,10 +16,11 @@ from priorguide.sample.models.stable_diffusion import StableDiffusion
 from priorguide.train import export as exporting
 from priorguide.train.adapters import Lora, adapter_of
 from priorguide.train.cli import main
-from priorguide.train.compare import comparison_of, full_comparison
-from priorguide.train.export import _portable, deployed, export
+from priorguide.train.export import deployed, export
 from priorguide.train.fine_tune import FineTune
 from priorguide.train.fit import load_run
+from priorguide.train.provenance import _portable
+from priorguide.train.record import comparison_of, full_comparison
 
 
 @pytest.fixture(scope="module")

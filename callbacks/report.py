@@ -133,8 +133,8 @@ def _table(record: Record) -> Html | None:
     decision = comparisons(record)
     if decision:
         text = (
-            "Scales are chosen on one half of the conditions and judged on the other. Another prior is named only if "
-            "it beats the baseline by more than the uncertainty and every guard holds."
+            "Each half of the conditions is judged at the scale that the other half chose. Another prior is named only "
+            "if it beats the baseline by more than the uncertainty and every guard holds."
         )
         decision = join(tag("h3", "How it was decided"), tag("p", text), decision)
     return section("table", "Every prior and scale", numbers(record, rows, caption), decision)

@@ -167,12 +167,12 @@ def conditions_needed(
 ) -> int | None:
     """The least number of conditions at which half the interval's width is below `slack`; None if that is not above 0.
 
-    interval: as `decide` makes it of `conditions`, half of which judge, at `level` over all `candidates`. The standard
-    error falls as one over the root of the number, and Student's quantile with it. Even, as the halves are equal.
+    interval: as `decide` makes it of `conditions` at `level` over all `candidates`. The standard error falls as one
+    over the root of the number, and Student's quantile with it. Even, as the halves are equal.
     """
 
     def quantile(count: int) -> float:
-        return float(stdtrit(max(count // 2 - 1, 1), 1 - (1 - level) / (2 * candidates)))
+        return float(stdtrit(max(count - 1, 1), 1 - (1 - level) / (2 * candidates)))
 
     half = (interval[1] - interval[0]) / 2
     if not (slack > 0 and math.isfinite(half)):

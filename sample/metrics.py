@@ -28,6 +28,9 @@ BETTER |= dict.fromkeys(("fd", "fd_inf", "kid", "mmd", "lpips", "flicker"), -1)
 """The metrics known by name: 1 where higher is better, -1 where lower is. More motion is no merit by itself; as a
 guard, "dynamic_degree" keeps clips from standing still."""
 
+HALVES = slice(0, None, 2), slice(1, None, 2)
+"""The halves of the conditions: even rows and odd ones."""
+
 
 @dataclass
 class Scores:
@@ -45,6 +48,25 @@ class Scores:
             None if self.features is None else self.features[rows],
             {name: values[rows] for name, values in self.per_condition.items()},
         )
+
+
+def interleaved(halves: Sequence[Scores]) -> Scores:
+    """The rows of each of the HALVES from its own scores, in the order of the conditions; of what both have."""
+    first, second = halves
+    if first is second:
+        return first
+
+    def rows(even: Tensor, odd: Tensor) -> Tensor:
+        whole = even.clone()
+        whole[HALVES[1]] = odd[HALVES[1]]
+        return whole
+
+    both = first.features is not None and second.features is not None
+    names = first.per_condition.keys() & second.per_condition.keys()
+    return Scores(
+        rows(first.features, second.features) if both else None,  # type: ignore[arg-type]
+        {name: rows(first.per_condition[name], second.per_condition[name]) for name in sorted(names)},
+    )
 
 
 def score(

@@ -1,7 +1,8 @@
 """Which prior to deploy, and how sure that is.
 
-Conditions are split once: even rows choose each prior's scale, odd rows judge it, so that trying more scales gives no
-advantage. Candidates share noise and conditions, so what is judged is the paired difference to the baseline.
+Each half of the conditions is judged at the scale that the other half chose (even rows and odd ones), so that every
+condition counts and trying more scales gives no advantage. Candidates share noise and conditions, so what is judged is
+the paired difference to the baseline.
 """
 
 import math
@@ -15,11 +16,10 @@ from torch import Tensor
 from .distances import Estimate, Reference, mean
 from .guidance import Arm
 from .kernels import KERNELS, kernel_distance, kernel_distance_difference
-from .metrics import BETTER, OF_SETS, Scores
+from .metrics import BETTER, HALVES, OF_SETS, Scores, interleaved
 
 Outcome = Literal["better", "worse", "no difference", "guard broken"]
 UNITS = {"psnr": " dB"}
-CHOOSE, JUDGE = slice(0, None, 2), slice(1, None, 2)
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,17 @@ class Guard:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A candidate less the baseline, each at its own best scale, on the conditions that chose neither.
+    """A candidate less the baseline, each at its own best scale, on conditions that did not choose it.
 
-    difference, interval: in the metric's units and direction, so that a KID below 0 speaks for the candidate.
+    scales, baseline_scales: the best over all conditions, which are deployed. judged_at: those of the candidate that
+    each half was judged at. difference, interval: in the metric's units and direction, so that a KID below 0 speaks
+    for the candidate.
     """
 
     prior: str
     scales: tuple[float, ...]
     baseline_scales: tuple[float, ...]
+    judged_at: tuple[tuple[float, ...], ...]
     metric: str
     difference: float
     interval: tuple[float, float]
@@ -129,12 +132,16 @@ def decide(
     for (prior, scales), scores in arms.items():
         grids.setdefault(rule.baseline if scales[0] == 1 else prior, {}).setdefault(scales, scores)
     chosen = {prior: _best(grid, reference, rule.decide_by) for prior, grid in grids.items()}
-    best = {prior: grids[prior][scales].take(JUDGE) for prior, scales in chosen.items()}
+    chosen_by = {
+        prior: [_best(grid, reference, rule.decide_by, half) for half in HALVES] for prior, grid in grids.items()
+    }
+    judged_at = {prior: tuple(reversed(scales)) for prior, scales in chosen_by.items()}
+    best = {prior: interleaved([grids[prior][scales] for scales in at]) for prior, at in judged_at.items()}
     candidates = [prior for prior in grids if prior != rule.baseline]
 
     def compare(prior: str, metric: str) -> tuple[float, tuple[float, float]]:
         estimate = _difference(best[prior], best[rule.baseline], metric, reference)
-        quantile = float(stdtrit(count // 2 - 1, 1 - (1 - rule.level) / (2 * len(candidates))))
+        quantile = float(stdtrit(count - 1, 1 - (1 - rule.level) / (2 * len(candidates))))
         half = quantile * estimate.error
         return estimate.value, (estimate.value - half, estimate.value + half)
 
@@ -146,11 +153,8 @@ def decide(
             value, bounds = compare(prior, metric)
             guards[metric] = Guard(value, bounds, allowed, _gain(metric, bounds)[0] >= -allowed)
         outcome = _outcome(_gain(rule.decide_by, interval), rule.margin, guards)
-        comparisons.append(
-            Comparison(
-                prior, chosen[prior], chosen[rule.baseline], rule.decide_by, difference, interval, guards, outcome
-            )
-        )
+        where = (chosen[prior], chosen[rule.baseline], judged_at[prior])
+        comparisons.append(Comparison(prior, *where, rule.decide_by, difference, interval, guards, outcome))
     winners = [c for c in comparisons if c.outcome == "better"]
     winner = max(winners, key=lambda c: BETTER[c.metric] * c.difference) if winners else None
     prior = winner.prior if winner else rule.baseline
@@ -191,11 +195,16 @@ def _check(arms: Mapping[Arm, Scores], reference: Reference | None, rule: Rule) 
     return count
 
 
-def _best(grid: Mapping[tuple[float, ...], Scores], reference: Reference | None, metric: str) -> tuple[float, ...]:
-    """The scales with the best `metric` on the half that chooses; the first of equals."""
+def _best(
+    grid: Mapping[tuple[float, ...], Scores],
+    reference: Reference | None,
+    metric: str,
+    rows: slice = slice(None),
+) -> tuple[float, ...]:
+    """The scales with the best `metric` on the rows that choose; the first of equals."""
 
     def merit(scales: tuple[float, ...]) -> float:
-        scores = grid[scales].take(CHOOSE)
+        scores = grid[scales].take(rows)
         if metric not in KERNELS:
             return BETTER[metric] * scores.per_condition[metric].double().mean().item()
         assert scores.features is not None and reference is not None

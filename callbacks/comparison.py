@@ -42,7 +42,7 @@ class PriorComparison(L.Callback):
             a LoRA its network with the adapter off, which shares memory and batch with it.
         scales: guidance scales of those without their own, numbers or (for longer ladders) lists.
         sampler: scheduler, steps and options.
-        every_n_steps: of the optimiser; due exactly then.
+        every_n_steps: of the optimiser; due exactly then. None leaves it to `priorguide compare RUN --watch`.
         num_conditions: held-out conditions; all ranks share them.
         num_pictures: how many of them are shown.
         num_reference: held-out real pictures, after the conditions', that distances are measured to.
@@ -64,7 +64,7 @@ class PriorComparison(L.Callback):
         priors: dict[str, DiffusionModel | Candidate | Literal["base"] | None],
         scales: list[float] | list[list[float]],
         sampler: Sampler | None = None,
-        every_n_steps: int = 1000,
+        every_n_steps: int | None = 1000,
         num_conditions: int = 64,
         num_pictures: int = 16,
         num_reference: int = 1000,
@@ -80,7 +80,7 @@ class PriorComparison(L.Callback):
         has_target: bool = True,
         max_overhead: float | None = None,
     ):
-        if every_n_steps < 1 or num_conditions < 1:
+        if (every_n_steps is not None and every_n_steps < 1) or num_conditions < 1:
             raise ValueError(
                 f"every_n_steps and num_conditions must be at least 1, got {every_n_steps} and {num_conditions}"
             )
@@ -117,7 +117,7 @@ class PriorComparison(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started, self.seconds = time.perf_counter(), 0.0
         self._last_step = step = trainer.global_step  # a run that resumes has compared there already, unless
-        stopped = self._resumed and step % self.every_n_steps == 0  # it was stopped before it could
+        stopped = self._resumed and self._due(step)  # it was stopped before it could
         if stopped and step not in (*self.skipped, *(entry["step"] for entry in self.history)):
             self._compare(trainer, pl_module, step)
 
@@ -125,7 +125,7 @@ class PriorComparison(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if step == self._last_step or step == 0 or step % self.every_n_steps:
+        if step == self._last_step or step == 0 or not self._due(step):
             return  # with accumulation, several micro-batches end at one step of the optimiser
         self._last_step = step
         if self._over_budget(trainer):
@@ -133,6 +133,9 @@ class PriorComparison(L.Callback):
             pl_module.log("compare/skipped", float(len(self.skipped)), rank_zero_only=True)
             return
         self._compare(trainer, pl_module, step)
+
+    def _due(self, step: int) -> bool:
+        return self.every_n_steps is not None and step % self.every_n_steps == 0
 
     def _compare(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
         start = time.perf_counter()

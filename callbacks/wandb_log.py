@@ -25,12 +25,16 @@ UPLOAD_LIMIT = 2**28
 
 
 def log_comparison(loggers: Iterable[Logger], step: int, evaluation: Evaluation, batch: Mapping[str, Any]) -> None:
+    """`log_to` the runs of those loggers that are W&B's."""
+    log_to([logger.experiment for logger in loggers if isinstance(logger, WandbLogger)], step, evaluation, batch)
+
+
+def log_to(runs: Sequence[Any], step: int, evaluation: Evaluation, batch: Mapping[str, Any]) -> None:
     """One comparison: compare/<prior>/<scale>/<metric>, pictures/<prior>/<scale>/<condition>, a table across priors.
 
     Keys never change within a task, so that W&B's step slider works and runs overlay. As in `Evaluation.rows`, arms
     of lowest scale 1 are one, named none.
     """
-    runs = [logger.experiment for logger in loggers if isinstance(logger, WandbLogger)]
     if not runs:
         return
     with forgiving():

@@ -46,6 +46,10 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--scales", default=None, help="e.g. 1,1.5,2,3 or, for longer ladders, 1.5:7.5,1.5:5")
     compare.add_argument("--conditions", type=int, default=None, help="how many held-out conditions")
     compare.add_argument("--out", default=None, help="a new folder (default: RUN/comparison)")
+    text = "compare each checkpoint once as it appears, into RUN/watched, until the run is complete"
+    compare.add_argument("--watch", action="store_true", help=text)
+    text = "with --watch: end when no checkpoint has come for so long (default: 3600)"
+    compare.add_argument("--idle", type=float, default=None, metavar="SECONDS", help=text)
     text = "add votes that the page saved to the comparison (in --out, or RUN/comparison); nothing is compared"
     compare.add_argument("--votes", nargs="+", default=[], metavar="FILE", help=text)
     text = "record the team's own choice beside the verdict, for export to use; takes --reason"
@@ -153,12 +157,21 @@ def _run(args: argparse.Namespace) -> int:
         from .compare import compare_on, compare_run, decide_run
 
         scales = parse_scales(args.scales)
+        other = (args.checkpoint, args.condition, args.cheaper, args.votes, args.override, args.out)
+        if args.watch and any(other):
+            raise UsageError("--watch writes into RUN/watched, and goes with --scales, --conditions and --idle alone")
+        if args.idle is not None and not (args.watch and args.idle >= 0):
+            raise UsageError(f"--idle goes with --watch and is 0 or more, got {args.idle}")
         if args.reason and not args.override:
             raise UsageError("--reason goes with --override PRIOR:SCALE")
         if args.margin is not None and not (args.cheaper and 0 <= args.margin < float("inf")):
             raise UsageError(f"--margin goes with --cheaper and is 0 or more, got {args.margin}")
         if args.votes or args.override:
             decide_run(args.run, args.votes, parse_override(args.override), args.reason, args.out)
+        elif args.watch:
+            from .watch import watch_run
+
+            watch_run(args.run, 3600.0 if args.idle is None else args.idle, scales, args.conditions)
         elif args.cheaper:
             from .cheaper import cheaper_run
 

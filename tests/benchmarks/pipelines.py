@@ -1,11 +1,13 @@
 """What guidance costs in a stock pipeline, way by way: seconds, evaluations, memory.
 
-    python tests/benchmarks/pipelines.py [--rounds 5] [--batch 2] [--steps 6] [--threads 1]
+    python tests/benchmarks/pipelines.py [--rounds 5] [--batch 4] [--steps 6] [--threads 1] [--ways self base]
+        [--no-memory]
 
 A U-Net of Stable Diffusion's proportions at a fifth of its width (random weights, latents of 32 x 32, one context of 77
-tokens), in diffusers' own pipeline without its autoencoder. Seconds are medians of calls taken in turns in one process,
-after one uncounted round; memory is that of a process of its own per way: its peak after a call of two steps, beside
-that of self guidance. Ratios carry over to other machines, seconds do not.
+tokens), in diffusers' own pipeline without its autoencoder. Seconds are processor time, medians of calls taken in
+turns, to and fro, in one process, after one uncounted round, and ratios are medians over rounds; memory is that of a
+process of its own per way: its peak after a call of two steps, beside that of self guidance. Ratios carry over to other
+machines, seconds do not.
 """
 
 import argparse
@@ -22,17 +24,23 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
+from priorguide.sample.bits import reduce_bits
 from priorguide.sample.pipeline import prior_guidance
 
 WIDTHS, CONTEXT, RANK = (64, 128, 256, 256), 160, 16
+LORA = "LoRA's base in one pass"
 WAYS = {
     "conditional alone": {"scale": 1.0},
     "self": {},
     "base": {"prior": True},
+    "base in 8 bits": {"prior": True, "bits": "int8"},
+    "base in 4 bits": {"prior": True, "bits": "nf4"},
     "base, refreshed every 2nd step": {"prior": True, "refresh": 2},
-    "base, in the middle half of the steps": {"prior": True, "interval": (250.0, 750.0)},
+    "base, refreshed every 3rd step": {"prior": True, "refresh": 3},
+    "base, in the middle of the path": {"prior": True, "interval": (100.0, 930.0)},
+    "base, both": {"prior": True, "interval": (100.0, 930.0), "refresh": 3},
     "self, LoRA unmerged": {"lora": True},
-    "LoRA's base in one pass": {"lora": True, "adapter": True},
+    LORA: {"lora": True, "adapter": True},
     "LoRA merged, base beside it": {"lora": True, "merged": True, "prior": True},
 }
 
@@ -75,6 +83,7 @@ def call(
     lora: bool = False,
     merged: bool = False,
     adapter: bool = False,
+    bits: Any = None,
     **options: Any,
 ) -> tuple[Callable[[], None], dict[str, int]]:
     """A call of the pipeline, and the rows per picture that its networks have been given, by network."""
@@ -85,6 +94,8 @@ def call(
     for name, network in (("own", own), ("prior", base)):
         if network is not None:
             count(network, name, rows)
+    if base is not None and bits is not None:
+        reduce_bits(base, bits)
     pipe = StableDiffusionPipeline(
         vae=None,
         text_encoder=None,
@@ -131,9 +142,11 @@ def peak() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
+    parser.add_argument("--no-memory", action="store_true", help="no process of its own per way")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -141,27 +154,32 @@ def main() -> None:
         call(arguments.batch, 2, **WAYS[arguments.peak])[0]()
         print(json.dumps(peak()))
         return
-    peaks = {way: apart(way, arguments.batch, arguments.threads) for way in WAYS}
-    calls = {way: call(arguments.batch, arguments.steps, **options) for way, options in WAYS.items()}
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    ways = {way: WAYS[way] for way in ("self", *(way for way in arguments.ways if way != "self"))}
+    peaks = {} if arguments.no_memory else {way: apart(way, arguments.batch, arguments.threads) for way in ways}
+    calls = {way: call(arguments.batch, arguments.steps, **options) for way, options in ways.items()}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(arguments.rounds + 1):
-        for way, (run, rows) in calls.items():
+        for way, (run, rows) in list(calls.items())[:: 1 if number % 2 else -1]:
             rows |= dict.fromkeys(rows, 0)
             start = time.process_time()
             run()
             if number:
                 seconds[way].append(time.process_time() - start)
-    typical = {way: statistics.median(values) for way, values in seconds.items()}
+
+    def beside(way: str, other: str) -> str:
+        return f"{statistics.median(a / b for a, b in zip(seconds[way], seconds[other], strict=True)):.3f}"
+
     parameters = sum(p.numel() for p in unet(0).parameters())
     print(f"{parameters / 1e6:.1f} M parameters, batch {arguments.batch}, {arguments.steps} steps of DDIM\n")
     print("| guidance | seconds | beside self | evaluations, own + prior | peak memory beside self |")
     print("|---|---|---|---|---|")
     for way, (_, rows) in calls.items():
         own, other = (rows[name] // arguments.batch for name in ("own", "prior"))
-        more = (peaks[way] - peaks["self"]) / 2**20
-        print(
-            f"| {way} | {typical[way]:.2f} | {typical[way] / typical['self']:.2f} | {own} + {other} | {more:+.0f} MiB |"
-        )
+        more = f"{(peaks[way] - peaks['self']) / 2**20:+.0f} MiB" if peaks else "–"
+        middle = statistics.median(seconds[way])
+        print(f"| {way} | {middle:.2f} | {beside(way, 'self')} | {own} + {other} | {more} |")
+    if {LORA, "self, LoRA unmerged"} <= set(ways):
+        print(f"\nLoRA's base beside self, LoRA unmerged: {beside(LORA, 'self, LoRA unmerged')}")
 
 
 def apart(way: str, batch: int, threads: int) -> int:

@@ -1,8 +1,8 @@
 """Compares priors while a model trains, and leaves the training as it found it."""
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path as File
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from ..sample.parts import Parts
 from ..sample.saturation import Energies
 from ..sample.verdict import Rule
 from .judging import judged
+from .placement import Placement, Where, apart, buffers_to
 from .preemption import stopping, together
 from .records import write_comparison
 from .shares import check_enough, chunks, encode, gather, moved, rows, share
@@ -57,6 +58,9 @@ class PriorComparison(L.Callback):
         channels: how many of x_0's first channels are guided, all if absent; DiT's authors guide 3 of 4.
         has_target: each condition asks for the very picture that it comes with, so that PSNR means something.
         max_overhead: the most that comparisons may take, as a share of training time; later slots are then skipped.
+        prior_placement: of priors' networks: device, cpu (between comparisons), streamed (layer by layer), which auto
+            chooses by the memory at hand; or int8, nf4 on the device while training, with what that changes said. The
+            full comparison takes whole ones.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class PriorComparison(L.Callback):
         channels: int | None = None,
         has_target: bool = True,
         max_overhead: float | None = None,
+        prior_placement: Where = "auto",
     ):
         if (every_n_steps is not None and every_n_steps < 1) or num_conditions < 1:
             raise ValueError(
@@ -96,6 +101,7 @@ class PriorComparison(L.Callback):
         self.metrics = {*metrics, *self.rule.metrics}
         check_metrics(self.metrics)
         self.has_target, self.max_overhead = has_target, max_overhead
+        self.placement = Placement(prior_placement)
         self._bound: tuple[DiffusionModel, dict[str, Prior | None]] | None = None
         self.history: list[dict[str, Any]] = []
         self.skipped: list[int] = []
@@ -219,10 +225,13 @@ class PriorComparison(L.Callback):
             stack.enter_context(torch.no_grad())
             model = stack.enter_context(pl_module.averaged())  # type: ignore[operator]
             candidates = self.candidates(model, scales)
-            stack.enter_context(self.on_device(device))
+            stack.enter_context(self.on_device(device, whole=full, quiet=rank > 0))
             batch = data.held_out(n)
             mine = share(n, rank, world)
             part = to_device({name: rows(value, mine) for name, value in batch.items()}, device)
+            if self.placement.few_bits and not full:
+                x_0, few = model.encode({name: value[:4] for name, value in part.items()})
+                candidates = self.placement.in_few_bits(candidates, model, x_0, few, quiet=rank > 0)
             seeds = [self.seed + int(i) for i in mine]
             if parts is not None:
                 parts.open(drawn_from(model, candidates, batch, seeds, self.sampler, device))
@@ -254,14 +263,17 @@ class PriorComparison(L.Callback):
                 plain = {name: prior for name, prior in priors.items() if prior is None or not prior.keep}
                 return null_health(model, plain, x_0, condition, batch_size=self.batch_size)
 
-    def on_device(self, device: torch.device) -> AbstractContextManager[None]:
-        """Priors and metric network on the device, and back."""
-        priors = self._bound[1].values() if self._bound else ()
-        # A checkpoint's model shares all but its network with the one that is trained.
-        guests: list[nn.Module] = [prior.model.network for prior in priors if prior and prior.model is not prior.onto]
-        seers = (self.metric_network, self.clip, self.perceptual)
-        guests += [m for m in (*seers, *(c.prior for c in self.priors.values())) if isinstance(m, nn.Module)]
-        return moved(guests, device)
+    @contextmanager
+    def on_device(self, device: torch.device, whole: bool = True, quiet: bool = True) -> Iterator[None]:
+        """Priors and metric network on the device, and back; the priors' networks as `Placement.placed` has it."""
+        models = [c.prior for c in self.priors.values() if isinstance(c.prior, DiffusionModel)]
+        guests = [m for m in (self.metric_network, self.clip, self.perceptual) if m is not None]
+        guests += [module for model in models for name, module in model.named_children() if name != "network"]
+        for model in models:
+            buffers_to(model, device)
+        priors = apart(self._bound[1] if self._bound else {})
+        with moved(guests, device), self.placement.placed(priors, device, whole, quiet):
+            yield
 
     # --- resume
 

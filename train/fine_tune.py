@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import lightning as L
@@ -26,7 +26,8 @@ from .objective import (
     set_random_state,
     variational_bound,
 )
-from .sharding import local, shard
+from .sharding import shard
+from .step import RunningMean, adamw, to_channels_last, uncompiled
 
 
 class FineTune(L.LightningModule):
@@ -48,6 +49,8 @@ class FineTune(L.LightningModule):
         ema_decay: of the averaged network that validation, comparison and export use; 0 keeps none.
         lora: trains a low-rank adapter, and in full only what the base does not have, in place of the whole network.
         gradient_checkpointing: recomputes activations in the backward pass: less memory, more time.
+        compile: torch.compile of the network in training; validation and comparisons run it as written.
+        channels_last: the layout that convolutions on GPUs are quickest in; of no use to transformers.
         max_bad_steps: how many steps whose gradient is not finite may be left out over the run, each written to the
             run's bad_steps.jsonl; every step then waits for the device once. At 0, the loss is looked at where it is
             logged, and ends the run.
@@ -70,6 +73,8 @@ class FineTune(L.LightningModule):
         ema_decay: float = 0.9999,
         lora: Lora | None = None,
         gradient_checkpointing: bool = False,
+        compile: bool = False,
+        channels_last: bool = False,
         max_bad_steps: int = 0,
     ):
         super().__init__()
@@ -84,7 +89,9 @@ class FineTune(L.LightningModule):
             model.network.requires_grad_(True)
         else:
             add_adapter(model.network, lora, model.added)
-        self.lora = lora
+        self.lora, self.compile_network = lora, compile
+        if channels_last:
+            to_channels_last(model.network)
         # What the average shares: layers in fewer bits as a whole, since these keep more than parameters.
         frozen: dict[int, Any] = {id(p): p for p in model.network.parameters() if not p.requires_grad}
         frozen |= {id(layer): layer for _, layer in in_few_bits(model.network)}
@@ -94,6 +101,7 @@ class FineTune(L.LightningModule):
                 raise ValueError(f"{type(model.network).__name__} has no gradient checkpointing: leave it off")
             model.network.enable_gradient_checkpointing()  # type: ignore[operator]
         self.max_bad_steps, self.bad_steps = max_bad_steps, 0
+        self._mean: RunningMean | None = None
         self.random: dict[str, Tensor] | None = None  # this process's generators, as the last training step left them
         self.learning_rate, self.lr_multipliers = learning_rate, lr_multipliers or {}
         self.weight_decay, self.betas, self.use_8bit_adam = weight_decay, betas, use_8bit_adam
@@ -115,6 +123,8 @@ class FineTune(L.LightningModule):
         rows = getattr(self.model, "num_classes", 0)
         if rows and classes > rows and "label" in self.model.ladder[-1]:
             raise ValueError(f"the data has {classes} classes, the model takes labels in [0, {rows})")
+        if self.compile_network and stage == "fit":
+            self.model.network.compile()  # in place: its tensors keep their names
 
     def configure_model(self) -> None:
         """Under ModelParallelStrategy, shards the network and its average over all processes."""
@@ -195,12 +205,8 @@ class FineTune(L.LightningModule):
             return
         step = self.trainer.global_step + 1
         decay = min(self.ema_decay, (1 + step) / (10 + step))
-        with torch.no_grad():
-            both = zip(self.average.parameters(), self.model.network.parameters(), strict=True)
-            mean, live = zip(*((local(mean), local(live)) for mean, live in both if live.requires_grad), strict=True)
-            torch._foreach_lerp_(mean, live, 1 - decay)
-            for own, buffer in zip(self.average.buffers(), self.model.network.buffers(), strict=True):
-                own.copy_(buffer)
+        self._mean = self._mean or RunningMean(self.average, self.model.network)
+        self._mean.move(decay)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.max_bad_steps and self.trainer.precision != "16-mixed":  # whose scaler leaves bad steps out itself
@@ -219,7 +225,8 @@ class FineTune(L.LightningModule):
         modes = {module: module.training for module in self.model.network.modules()}
         self.model.network.eval()
         try:
-            yield self.model
+            with uncompiled() if self.compile_network else nullcontext():
+                yield self.model
         finally:
             for module, mode in modes.items():
                 module.training = mode
@@ -236,14 +243,8 @@ class FineTune(L.LightningModule):
             groups.setdefault(factor, []).append(parameter)
         parameters = [{"params": p, "lr": self.learning_rate * factor} for factor, p in groups.items()]
         options: dict[str, Any] = {"lr": self.learning_rate, "betas": self.betas, "weight_decay": self.weight_decay}
-        if self.use_8bit_adam:
-            from bitsandbytes.optim import AdamW8bit
-
-            optimizer: torch.optim.Optimizer = AdamW8bit(parameters, **options)
-        else:
-            # Lightning does not clip the gradients of a fused optimiser in mixed precision.
-            fused = not (self.trainer.gradient_clip_val and "mixed" in str(self.trainer.precision))
-            optimizer = torch.optim.AdamW(parameters, fused=fused, **options)
+        clips = bool(self.trainer.gradient_clip_val)
+        optimizer = adamw(parameters, self.use_8bit_adam, clips, str(self.trainer.precision), **options)
         from diffusers.optimization import get_scheduler
 
         name = "constant_with_warmup" if self.lr_scheduler == "constant" else self.lr_scheduler

@@ -76,6 +76,7 @@ class FitCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--threads", type=int | None, default=None, help="CPU threads; torch's choice if absent")
+        parser.add_argument("--tf32", type=bool, default=True, help="32-bit products on GPUs in TF32: quicker, rounded")
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.enable_version_counter": False})
         parser.link_arguments(
@@ -90,6 +91,8 @@ class FitCLI(LightningCLI):
         config = self.config[self.subcommand] if self.subcommand else self.config
         if config.threads:
             torch.set_num_threads(config.threads)
+        if self.subcommand and torch.cuda.is_available():  # not what exports, whose pictures are replayed bit for bit
+            torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
         root = config.trainer.default_root_dir
         if root is None:
             raise ValueError("trainer.default_root_dir must name the run's folder, which everything is written to")
@@ -192,7 +195,8 @@ def load_run(folder: str | File, checkpoint: str | File | None = None) -> tuple[
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}")
     stored = yaml.safe_load(config.read_text())
-    stored = {key: stored[key] for key in ("seed_everything", "threads", "trainer", "checkpoint", "model", "data")}
+    keys = ("seed_everything", "threads", "tf32", "trainer", "checkpoint", "model", "data")
+    stored = {key: stored[key] for key in keys if key in stored}
     # One process on what this machine has, wherever the run was trained.
     stored["trainer"] |= {"logger": False, "accelerator": "auto", "devices": 1, "num_nodes": 1, "strategy": "auto"}
     read_checkpoint(path)  # before all that takes time

@@ -1,5 +1,6 @@
 """What the data modules of pictures share: splits, orders, loaders that resume in mid-epoch."""
 
+import hashlib
 import itertools
 import random
 import signal
@@ -15,6 +16,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from .sources import Images
 from .tasks import Batch, Transform
+
+FINGERPRINTED = 32
 
 
 class Splits(NamedTuple):
@@ -97,6 +100,20 @@ class PictureData(LightningDataModule, ABC):
     def reference(self, n: int, offset: int = 0) -> Tensor:
         """Real validation pictures (n, C, H, W) in [0, 1], as the transform makes them: what samples should be like."""
         return self.held_out(n, offset)["pixels"]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this data from other data, as JSON: the rows of either split, and the SHA-256 of FINGERPRINTED of
+        each, evenly spread, as they are before transform and augmentation."""
+        digest = hashlib.sha256()
+        for rows in (self.splits.train, self.splits.held):
+            spread = torch.linspace(0, len(rows) - 1, min(len(rows), FINGERPRINTED)).round().long()
+            batch = rows.__getitems__(spread.tolist())
+            if isinstance(batch, Exception):
+                raise batch
+            for name, value in sorted(batch.items()):
+                held = value.contiguous().numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode()
+                digest.update(name.encode() + held)
+        return {"train": len(self.splits.train), "held_out": len(self.splits.held), "sha256": digest.hexdigest()}
 
     def _loader(self, images: Any, order: type["Order"], shuffle: bool) -> "Loader":
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)

@@ -123,6 +123,13 @@ class DiffusionModel(nn.Module, ABC):
             raise ValueError(f"{folder}/config.json must name a diffusers model class, got {name!r}")
         return network_class.from_pretrained(folder, use_safetensors=True, local_files_only=True)
 
+    def stock_network(self, times: Tensor) -> nn.Module:
+        """The network in diffusers' own class, where that is another one, as near as it comes: at `times` (N,) of the
+        path in the first place. ValueError where there is nothing to convert."""
+        raise ValueError(
+            f"{type(self).__name__} is not converted: what diffusers has of its parts opens from the bundle as it is"
+        )
+
     def read_condition(self, **values: str) -> dict[str, Any]:
         """A batch of one, to be encoded, from the command line's `--condition name=value`: "text" is a prompt, whole
         numbers are labels, the rest paths of pictures. ValueError for a name that the model does not have, or lacks."""

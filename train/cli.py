@@ -77,6 +77,8 @@ def parser() -> argparse.ArgumentParser:
     text = "how another network is stored: float32, bfloat16, int8, nf4, or owner/name@revision on the Hub"
     export.add_argument("--prior-as", default=None, metavar="HOW", help=text)
     export.add_argument("--out", default=None, help="a new folder (default: RUN/bundle)")
+    text = "RUN is a bundle: write its network in diffusers' own class (DiT's) here, and say how far that is from it"
+    export.add_argument("--diffusers", default=None, metavar="FOLDER", help=text)
 
     about = "a module of yours that registers the bundle's model; repeatable"
     own = {"action": "append", "default": [], "metavar": "MODULE", "dest": "modules", "help": about}
@@ -148,6 +150,11 @@ def _run(args: argparse.Namespace) -> int:
             import_module(module)
         module = import_module(".doctor" if args.command == "doctor" else ".sampling", __package__)
         return getattr(module, args.command)(args)
+    if args.command == "export" and args.diffusers:
+        from .to_diffusers import to_diffusers
+
+        print(to_diffusers(args.run, args.diffusers))
+        return 0
     _need("lightning", args.command)
     if args.command == "quickstart":
         from .quickstart import quickstart

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ..callbacks.panels import panel
 from ..callbacks.quantities import candidate_text
-from ..callbacks.records import write_panel, write_whole
+from ..callbacks.records import LOGGED, write_logged, write_panel, write_whole
 from ..callbacks.report import with_decision, write_report
 from ..callbacks.tables import terminal_table
 from ..callbacks.votes import told, with_override, with_votes
@@ -33,8 +33,8 @@ def compare_run(
     conditions: int | None = None,
     out: str | None = None,
 ) -> dict[str, Any]:
-    """Compares the candidates, with one checkpoint's weights or with several's, and writes record.json, panel.png and
-    index.html into a new folder.
+    """Compares the candidates, with one checkpoint's weights or with several's, and writes record.json, panel.png, its
+    pictures and index.html into a new folder.
 
     Until then finished chunks lie in a folder beside it, from which the same comparison goes on where it was stopped.
     """
@@ -130,11 +130,13 @@ def refuse_existing(folder: File) -> None:
 def save_comparison(
     folder: File, cli: FitCLI, record: dict[str, Any], pictures: dict[str, Any], evaluation: Evaluation
 ) -> None:
-    """record.json, panel.png and index.html in a new folder, or nothing."""
+    """record.json, panel.png, its pictures and index.html in a new folder, or nothing."""
     callback = comparison_of(cli)
-    batch = callback.examples(cli.datamodule, min(callback.num_pictures, record["conditions"]))
+    count = min(callback.num_pictures, record["conditions"])
+    batch = callback.examples(cli.datamodule, count)
     with new_folder(folder) as aside:
         write_panel(aside / "panel", evaluation, batch)
+        write_logged(aside / LOGGED, record["step"], evaluation.pictures, count)
         write_report(aside / "index.html", {"title": "Which prior to deploy", **record}, pictures)
         (aside / "record.json").write_text(json.dumps(record, indent=1))
 

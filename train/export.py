@@ -4,12 +4,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path as File
 from typing import Any
 
+from torch import Tensor
+
+from ..callbacks.quantities import candidate_text
+from ..callbacks.records import LOGGED, read_logged
 from ..callbacks.votes import decided
 from ..callbacks.wandb_log import log_bundle
 from ..callbacks.wandb_run import follow_up
@@ -18,7 +22,8 @@ from ..sample.adapter_rows import Unadapted
 from ..sample.bundle import Bundle, Recorded
 from ..sample.cheaper import with_setting
 from ..sample.checkpoints import parted
-from ..sample.guidance import Guidance
+from ..sample.evaluate import to_device
+from ..sample.guidance import Arm, Guidance
 from ..sample.manifest import new_folder, verify
 from ..sample.model import DiffusionModel, with_network
 from ..sample.models import find
@@ -32,6 +37,9 @@ from .provenance import provenance
 from .record import comparison_of, find_checkpoint
 
 RECORDED_PICTURES = 16
+LEVEL, ROUNDING = 1 / 255, 1e-3
+"""What logged pictures are rounded to, and how far beyond that a recorded one may be from its logged one on average:
+they were made in batches of another composition."""
 
 
 def export_run(
@@ -48,7 +56,8 @@ def export_run(
     run = File(run)
     folder = File(out) if out else run / "bundle"
     refuse_existing(folder)
-    path = (File(comparison) if comparison else run / "comparison") / "record.json"
+    beside = File(comparison) if comparison else run / "comparison"
+    path = beside / "record.json"
     record = json.loads(path.read_text()) if path.is_file() else None
     if record is None and (prior is None or scales is None):
         raise ValueError(f"there is no {path}: run `priorguide compare {run}` first, or give --prior and --scale")
@@ -57,10 +66,14 @@ def export_run(
     cli, state = load_run(run, file)
     if own is None and record and record.get("step") != state.get("global_step"):
         print(f"{path} was made of step {record.get('step')}, {file.name} is of step {state.get('global_step')}")
+    step = state.get("global_step")
+    logged = read_logged(beside / LOGGED, step)
+    if not comparison_of(cli).placement.few_bits:  # with which priors are others while training
+        logged = read_logged(run / "compare" / LOGGED, step) | logged
     cli.datamodule.setup("fit")
-    print(export_checked(cli, state, folder, record, prior, scales, restricted, prior_as))
-    with follow_up(run, "export") as logged:
-        log_bundle(logged, file, folder, record)
+    print(export_checked(cli, state, folder, record, logged, prior, scales, restricted, prior_as))
+    with follow_up(run, "export") as followed:
+        log_bundle(followed, file, folder, record)
     return folder
 
 
@@ -107,6 +120,7 @@ def export(
     state: dict[str, Any],
     folder: File,
     record: dict[str, Any] | None,
+    logged: Mapping[Arm, Tensor] | None = None,
     prior: str | None = None,
     scales: tuple[float, ...] | None = None,
     restricted: bool = False,
@@ -114,8 +128,10 @@ def export(
 ) -> Recorded:
     """Writes the bundle, its recorded batch from the first held-out conditions, and returns that batch.
 
-    prior_as: how a prior that is another network is stored: float32, a precision of PRECISIONS, with the change of the
-    guided prediction measured on the recorded pictures, or owner/name@revision, where it lies on the Hub.
+    logged: the pictures (N, C, H, W) of the first N conditions that a comparison of these weights made with each arm;
+    ValueError where the bundle's are others. prior_as: how a prior that is another network is stored: float32, a
+    precision of PRECISIONS, with the change of the guided prediction measured on the recorded pictures, or
+    owner/name@revision, where it lies on the Hub.
     """
     callback, fine_tune = comparison_of(cli), cli.model
     assert isinstance(fine_tune, FineTune)
@@ -126,26 +142,34 @@ def export(
     if name not in callback.priors:
         raise ValueError(f"prior must be among the run's candidates {sorted(callback.priors)}, got {name!r}")
     held = None if prior_as in (None, "float32") else prior_as if prior_as in PRECISIONS else Reference.parse(prior_as)
+    device = cli.trainer.strategy.root_device
+    fine_tune.to(device)
     with fine_tune.averaged() as model:
         whole: Guidance = callback.candidates(model, [wanted])[name, wanted]
-    if prior is None and scales is None:
-        whole = with_setting(whole, record, named)
-    with deployed(fine_tune) as (model, adapter):
-        guidance = whole = _with_plain_prior(whole, model)
+    with callback.on_device(device), deployed(fine_tune) as (model, adapter):
+        guidance = whole = compared = _with_plain_prior(whole, model)
+        if prior is None and scales is None:
+            guidance = whole = with_setting(whole, record, named)
         if isinstance(held, str):
             if guidance.prior is None:
                 raise ValueError(f"{name} guides by the fine-tuned network itself: leave --prior-as out")
             guidance = replace(guidance, prior=at_precision(guidance.prior, held))
         count = min(RECORDED_PICTURES, callback.num_conditions)
         examples = cli.datamodule.held_out(count)  # type: ignore[attr-defined]
-        condition = model.encode_condition(examples)
+        condition = model.encode_condition(to_device(examples, device))
         seeds = [callback.seed + i for i in range(count)]
-        recorded = Recorded.draw(model, condition, seeds, guidance, callback.sampler)
+
+        def draw(how: Guidance) -> Recorded:
+            return Recorded.draw(model, condition, seeds, how, callback.sampler)
+
+        recorded = draw(guidance)
+        made = recorded if guidance is compared else draw(compared)
         change = None
         if guidance is not whole:
-            x_0 = model.encode_pixels(recorded.pictures.to(next(model.network.parameters()).device))
+            x_0 = model.encode_pixels(recorded.pictures.to(device))
             change = guided_change(model, whole, guidance, x_0, condition)
             print(f"the prior in {held} moves the guided prediction by {change['mean_relative_rms']:.2e} of its size")
+        print(compared_with(made.pictures, (logged or {}).get((name, wanted)), candidate_text(name, wanted)))
         Bundle.save(
             folder,
             model,
@@ -153,13 +177,34 @@ def export(
             sampler=callback.sampler,
             recorded=recorded,
             evidence=record,
-            provenance=provenance(cli, state, examples),
+            provenance=provenance(cli, state, name, examples),
             restricted=restricted,
             adapter=adapter,
             prior_held=held,
             prior_change=change,
         )
     return recorded
+
+
+def compared_with(pictures: Tensor, logged: Tensor | None, arm: str) -> str:
+    """What the pictures are beside those that the comparison logged of the same conditions and seeds, in a sentence.
+
+    ValueError where one differs by more than rounding: other weights, data or code than were compared.
+    """
+    if logged is None:
+        return f"no comparison of these weights logged pictures of {arm}: compared with none"
+    count = min(len(pictures), len(logged))
+    if pictures.shape[1:] != logged.shape[1:]:
+        raise ValueError(f"the comparison logged pictures of {arm} of shape {[*logged.shape[1:]]}, the bundle makes "
+                         f"{[*pictures.shape[1:]]}: compare again")  # fmt: skip
+    difference = (pictures[:count] - logged[:count].to(pictures)).abs().flatten(1)
+    mean, most = difference.mean(1).max().item(), difference.max().item()
+    if not (difference - LEVEL / 2).clamp(min=0).mean(1).max() <= ROUNDING:
+        raise ValueError(
+            f"the bundle does not make the pictures that the comparison logged of {arm}: one differs by {mean:.2e} of "
+            f"1 on average, {most:.2e} at most; data, weights or code have changed since: compare again"
+        )
+    return f"the {count} pictures that the comparison logged of {arm}: the same, within {most:.1e} of 1"
 
 
 def _with_plain_prior(guidance: Guidance, model: DiffusionModel) -> Guidance:
@@ -173,9 +218,12 @@ def _with_plain_prior(guidance: Guidance, model: DiffusionModel) -> Guidance:
 
 
 def verify_apart(folder: File) -> str:
-    """What `priorguide verify` says of the bundle in a process of its own. RuntimeError where it fails."""
-    command = [sys.executable, "-m", "priorguide.train.cli", "verify", str(folder)]
+    """What `priorguide verify` says of the bundle in a process of its own, on a device like the one recorded.
+    RuntimeError where it fails."""
     manifest = verify(folder)
+    made_on = (manifest["recorded"] or {}).get("device", "cpu")
+    device = made_on if made_on in ("cpu", "mps") else "cuda"  # then it is the GPU's name
+    command = [sys.executable, "-m", "priorguide.train.cli", "verify", str(folder), "--device", device]
     for name in {stored["class"] for stored in (manifest["model"], manifest["prior"]) if stored}:
         if not (module := find(name).__module__).startswith("priorguide."):
             command += ["--import", module]

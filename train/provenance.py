@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path as File
 from typing import Any
 
@@ -11,23 +12,76 @@ from ..callbacks.redact import redact
 from ..sample.parts import fingerprint
 from .fit import FitCLI
 
+NAME = "pretrained_model_name_or_path"
 
-def provenance(cli: FitCLI, state: dict[str, Any], examples: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Where the weights come from: the step, the seed, what started and fed the training, with the commits of what
-    came from the Hub, and a hash of the held-out `examples`. A bundle is made to be passed on: no secret, and of local
-    paths their last part alone."""
+
+def provenance(
+    cli: FitCLI, state: dict[str, Any], prior: str | None = None, examples: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """As JSON: the step and seed; what training started from ("base") and the prior called `prior`, each model by its
+    name or Hub id, revision and commit; the resolved config; a fingerprint of the data, and of the held-out `examples`.
+
+    Secrets are left out, and of local paths all but their last part.
+    """
     config = cli.config
-    told = portable({"model": config.model.as_dict(), "data": config.data.as_dict()})
+    told = portable({name: config[name].as_dict() for name in ("model", "data", "trainer")})
+    trainer = {name: value for name, value in told["trainer"].items() if name not in ("logger", "default_root_dir")}
+    base, of_prior = config.model.model.as_dict(), _candidate(config.trainer.as_dict(), prior)
+    of_data = getattr(cli.datamodule, "fingerprint", None)
     return {
         "step": state.get("global_step"),
         "seed": config.seed_everything,
+        "base": portable([*_models(base)]),
+        "prior": portable([*_models(of_prior)]),
         "model": told["model"].pop("model"),
         "fine_tune": told["model"],
+        "trainer": trainer,
         "data": told["data"],
+        "data_fingerprint": of_data() if of_data and examples else None,
         "class_names": list(getattr(cli.datamodule, "class_names", ())),
-        "commits": _commits(config.model.model.as_dict()),
+        "commits": _commits(base) | _commits(of_prior),
         "held_out_sha256": fingerprint(examples) if examples else None,
     }
+
+
+def _candidate(trainer: dict[str, Any], prior: str | None) -> Any:
+    """The config of the prior of that name, under whichever callback compares it; None where it has none."""
+    for callback in trainer.get("callbacks") or ():
+        priors = callback.get("init_args", {}).get("priors", {})
+        if prior in priors:
+            return priors[prior]
+    return None
+
+
+def _models(config: Any) -> Iterator[dict[str, str | None]]:
+    """Every model that a config names, at any depth: its name or Hub id, the revision asked for, and the commit."""
+    if isinstance(config, dict):
+        if isinstance(name := config.get(NAME), str):
+            yield {"id": name, "revision": config.get("revision"), "commit": _commit(name, config.get("revision"))}
+        for value in config.values():
+            yield from _models(value)
+
+
+def _commits(config: Any) -> dict[str, str]:
+    """Of every repository on the Hub that a config names, its models' and others', the commit."""
+    found: dict[str, str] = {}
+    if isinstance(config, dict):
+        for value in config.values():
+            if isinstance(value, str) and (commit := _commit(value, config.get("revision"))):
+                found[value] = commit
+            found |= _commits(value)
+    return found
+
+
+def _commit(name: str, revision: Any) -> str | None:
+    """What the Hub's cache holds for the revision of "owner/name" or "owner/name/file"; None where it holds none."""
+    if File(name).exists() or not (parts := re.match(r"([\w.-]+)/([\w.-]+)", name)):
+        return None
+    kept = File(constants.HF_HUB_CACHE, f"models--{parts[1]}--{parts[2]}")
+    if re.fullmatch(r"[0-9a-f]{40}", str(revision)) and kept.is_dir():
+        return str(revision)
+    ref = kept / "refs" / str(revision or "main")
+    return ref.read_text().strip() if ref.is_file() else None
 
 
 def _portable(value: Any) -> Any:
@@ -38,20 +92,6 @@ def _portable(value: Any) -> Any:
     if isinstance(value, str) and (found := re.fullmatch(r"(\w+:)?(?:/(?!/)|~/|[A-Za-z]:\\).*?([^/\\]*)[/\\]*", value)):
         return f"{found[1] or ''}{found[2]}"
     return value
-
-
-def _commits(config: Any, found: dict[str, str] | None = None) -> dict[str, str]:
-    """Of every repository on the Hub that a config names, the commit that its cache holds for the revision asked."""
-    found = {} if found is None else found
-    if isinstance(config, dict):
-        for value in config.values():
-            if isinstance(value, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", value):
-                kept = File(constants.HF_HUB_CACHE, f"models--{value.replace('/', '--')}", "refs")
-                ref = kept / str(config.get("revision") or "main")
-                if ref.is_file():
-                    found[value] = ref.read_text().strip()
-            _commits(value, found)
-    return found
 
 
 def portable(config: Any) -> Any:

@@ -76,7 +76,7 @@ def quickstart(task_name: str, out: str | None, seed: int, threads: int | None) 
     record |= {"title": task.title, "task": task_name, "description": task.description}
     show(record)
     console.rule("exporting")
-    console.print(export_checked(cli, state, folder / "bundle", record))
+    console.print(export_checked(cli, state, folder / "bundle", record, evaluation.pictures))
     end = time.perf_counter()
     record |= {
         "seconds_fine_tuning": tuned - start,

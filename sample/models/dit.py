@@ -14,7 +14,8 @@ from ..hub import locate
 from ..latents import latent_space, read_autoencoder, to_latents, to_pixels
 from ..model import Condition, DiffusionModel, check_labels, plain_config
 from ..noise import DiscretePath
-from .dit_network import HEADS, DiTNetwork, network_from_diffusers, network_from_state, sizes_of
+from .dit_diffusers import network_from_diffusers, network_to_diffusers
+from .dit_network import HEADS, DiTNetwork, network_from_state, sizes_of
 
 PIXELS = "pixels in [-1, 1]"
 LICENCE = "CC-BY-NC-4.0"
@@ -207,6 +208,10 @@ class DiT(DiffusionModel):
         label = condition["label"] if self.num_classes else torch.zeros(len(x_t), dtype=torch.long, device=x_t.device)
         out = self.network(x_t, t, label)
         return out[:, : self.shape[0]], out[:, self.shape[0] :] if self.learned_range else None
+
+    def stock_network(self, times: Tensor) -> nn.Module:
+        network: Any = self.network
+        return network_to_diffusers(network, times)
 
     def decode(self, x_0: Tensor) -> Tensor:
         return (x_0 / 2 + 0.5).clamp(0, 1) if self._in_pixels() else to_pixels(self.vae, x_0)

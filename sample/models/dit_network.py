@@ -7,7 +7,7 @@ from pathlib import Path as File
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin, DiTTransformer2DModel, ModelMixin
+from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -246,40 +246,3 @@ def network_from_state(state: Mapping[str, Tensor], path: str | File, num_heads:
         network = DiTNetwork(**sizes, num_heads=num_heads or HEADS[sizes["hidden_size"]])
     load_exactly(network, state, path)
     return network
-
-
-def network_from_diffusers(other: DiTTransformer2DModel, path: str | File) -> DiTNetwork:
-    """A diffusers DiT's weights in the original's module: with its frequencies and its norms, which diffusers changed.
-
-    Every block there embeds time and label by itself: ValueError unless all do so alike, as in converted files.
-    """
-    state, config = other.state_dict(), other.config
-    inner = "transformer_blocks.{}.norm1.emb."
-    for name in state:
-        if ".norm1.emb." in name and not torch.equal(state[name], state[inner.format(0) + name.split(".emb.")[1]]):
-            raise ValueError(f"{path} embeds time or label differently in each block ({name}): a DiT has one embedding")
-    if config.activation_fn != "gelu-approximate":
-        raise ValueError(f"{path} has activation {config.activation_fn!r}, a DiT has 'gelu-approximate'")
-    names = {
-        "x_embedder.proj": "pos_embed.proj",
-        "t_embedder.mlp.0": inner.format(0) + "timestep_embedder.linear_1",
-        "t_embedder.mlp.2": inner.format(0) + "timestep_embedder.linear_2",
-        "y_embedder.embedding_table": inner.format(0) + "class_embedder.embedding_table",
-        "final_layer.adaLN_modulation.1": "proj_out_1",
-        "final_layer.linear": "proj_out_2",
-    }
-    for i in range(config.num_layers):
-        block = {
-            "attn.proj": "attn1.to_out.0",
-            "mlp.fc1": "ff.net.0.proj",
-            "mlp.fc2": "ff.net.2",
-            "adaLN_modulation.1": "norm1.linear",
-        }
-        names |= {f"blocks.{i}.{own}": f"transformer_blocks.{i}.{theirs}" for own, theirs in block.items()}
-    own = {"pos_embed": position_table(config.sample_size // config.patch_size, other.inner_dim)}
-    for end in ("weight", "bias"):
-        own |= {f"{a}.{end}": state[f"{b}.{end}"] for a, b in names.items() if f"{b}.{end}" in state}
-        for i in range(config.num_layers):
-            qkv = [state[f"transformer_blocks.{i}.attn1.to_{part}.{end}"] for part in "qkv"]
-            own[f"blocks.{i}.attn.qkv.{end}"] = torch.cat(qkv)
-    return network_from_state(own, path, config.num_attention_heads)

@@ -1,13 +1,16 @@
 """`priorguide export`: aside, verified, then in place; adapters as base and adapter; how priors are stored."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from jsonargparse import Namespace
 from runs import CONFIGS
 from safetensors.torch import load_file
 
+from priorguide.callbacks.records import LOGGED, read_logged, write_logged
 from priorguide.sample.bundle import Bundle
 from priorguide.sample.candidates import Candidate
 from priorguide.sample.model import DiffusionModel
@@ -19,7 +22,7 @@ from priorguide.train.cli import main
 from priorguide.train.export import deployed, export
 from priorguide.train.fine_tune import FineTune
 from priorguide.train.fit import load_run
-from priorguide.train.provenance import _portable
+from priorguide.train.provenance import portable, provenance
 from priorguide.train.record import comparison_of, full_comparison
 
 
@@ -52,6 +55,36 @@ def test_nothing_takes_its_place_before_it_is_verified(run, tmp_path, monkeypatc
     ((aside, whole, there),) = seen
     assert whole and not there and aside.parent == tmp_path
     assert not list(tmp_path.iterdir())
+
+
+BASE = ["--prior", "base", "--scale", "2"]
+
+
+def test_the_bundles_pictures_are_the_logged_ones(run, tmp_path, monkeypatch, capsys):
+    """Of the comparison during training, here: the same conditions and seeds, in another batch."""
+    monkeypatch.setattr(exporting, "verify_apart", lambda folder: "not verified apart")
+    logged = read_logged(run / "compare" / LOGGED, 2)
+    assert logged.keys() == {("self", (2.0,)), ("base", (2.0,))} and len(logged["base", (2.0,)]) == 2
+    assert read_logged(run / "compare" / LOGGED, 3) == read_logged(tmp_path / LOGGED, 2) == {}
+    assert main(["export", str(run), *BASE, "--out", str(tmp_path / "a")]) == 0
+    assert "the 2 pictures that the comparison logged of base, scale 2: the same, within" in capsys.readouterr().out
+    made = Bundle.load(tmp_path / "a").recorded().pictures[:2]
+    torch.testing.assert_close(made, logged["base", (2.0,)], atol=0.51 / 255, rtol=0)
+    assert main(["export", str(run), "--prior", "base", "--scale", "3", "--out", str(tmp_path / "b")]) == 0
+    assert "compared with none" in capsys.readouterr().out
+
+
+def test_a_bundle_of_other_pictures_than_the_logged_ones_is_not_kept(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(exporting, "verify_apart", lambda folder: "not verified apart")
+    (copied := tmp_path / "run").mkdir()
+    for name in ("config.yaml", "checkpoints", "compare"):
+        copy = shutil.copytree if (run / name).is_dir() else shutil.copyfile
+        copy(run / name, copied / name)
+    logged = read_logged(copied / "compare" / LOGGED, 2)
+    write_logged(copied / "compare" / LOGGED, 2, {("base", (2.0,)): logged["base", (2.0,)].flip(0)}, 2)
+    assert main(["export", str(copied), *BASE]) == 1
+    assert "does not make the pictures that the comparison logged of base, scale 2: one" in capsys.readouterr().err
+    assert {path.name for path in copied.iterdir()} == {"config.yaml", "checkpoints", "compare"}
 
 
 @pytest.mark.parametrize("prior", ["base", "sd15"])
@@ -89,7 +122,7 @@ def test_a_prior_from_an_adapters_checkpoint_is_merged_too(adapted_run, tmp_path
     cli.datamodule.setup("fit")
     last = str(adapted_run / "checkpoints" / "last.ckpt")
     comparison_of(cli).priors["earlier"] = Candidate(checkpoint=last, weights="model")
-    export(cli, state, tmp_path / "bundle", None, "earlier", (1.5, 7.5))
+    export(cli, state, tmp_path / "bundle", None, None, "earlier", (1.5, 7.5))
     bundle = Bundle.load(tmp_path / "bundle")
     assert bundle.replay().identical
     assert not any("lora" in name for name, _ in bundle.guidance.prior.model.named_parameters())
@@ -149,6 +182,38 @@ def test_an_adapter_is_taken_apart_without_a_trace():
     assert adapter_of(adapted).factors.keys() == adapter.factors.keys()
 
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_provenance_names_base_and_prior_with_their_commits(run, tmp_path, monkeypatch):
+    cli, state = load_run(run)
+    cli.datamodule.setup("fit")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for name, branch in (("owner--base", "main"), ("owner--prior", "v2")):
+        (refs := tmp_path / f"models--{name}" / "refs").mkdir(parents=True)
+        (refs / branch).write_text(COMMIT)
+    name = "pretrained_model_name_or_path"
+    start = {"class_path": "x.from_base", "init_args": {"base": {"init_args": {name: "owner/base"}}, "other": 1}}
+    prior = {"class_path": "y", "init_args": {name: "owner/prior/file.ckpt", "revision": "v2"}}
+    monkeypatch.setattr(cli.config.model, "model", Namespace(**start))
+    monkeypatch.setattr(comparison_config(cli).init_args, "priors", {"self": None, "base": prior})
+    told = provenance(cli, state, "base", cli.datamodule.held_out(2))
+    assert told["base"] == [{"id": "owner/base", "revision": None, "commit": COMMIT}]
+    assert told["prior"] == [{"id": "owner/prior/file.ckpt", "revision": "v2", "commit": COMMIT}]
+    assert told["commits"] == {"owner/base": COMMIT, "owner/prior/file.ckpt": COMMIT}
+    assert provenance(cli, state, "self", None)["prior"] == []
+    assert told["step"] == 2 and told["trainer"]["max_steps"] == 2 and told["fine_tune"]["ema_decay"] is not None
+    data = told["data_fingerprint"]
+    assert data == cli.datamodule.fingerprint() and data["held_out"] == len(cli.datamodule.splits.held)
+    cli.datamodule.splits.train.pixels[0] += 1
+    assert cli.datamodule.fingerprint() != data
+    assert str(run.parent) not in json.dumps(told)
+
+
+def comparison_config(cli):
+    return next(c for c in cli.config.trainer.callbacks if c.class_path.endswith("PriorComparison"))
+
+
 def test_provenance_has_no_path_of_the_machine():
     told = {
         "source": "/home/me/pictures/",
@@ -159,7 +224,7 @@ def test_provenance_has_no_path_of_the_machine():
         "list": ["/a/b", 3],
         "url": "https://host/a",
     }
-    assert _portable(told) == {
+    assert portable(told) == {
         "source": "pictures",
         "idx": "idx:mine",
         "windows": "x",
@@ -168,4 +233,4 @@ def test_provenance_has_no_path_of_the_machine():
         "list": ["b", 3],
         "url": "https://host/a",
     }
-    assert json.dumps(_portable(told))
+    assert json.dumps(portable(told))

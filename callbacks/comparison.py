@@ -26,9 +26,10 @@ from ..sample.saturation import Energies
 from ..sample.verdict import Rule
 from .judging import judged
 from .placement import Placement, Where, apart, buffers_to
-from .preemption import stopping, together
 from .records import write_comparison
 from .shares import check_enough, chunks, encode, gather, moved, rows, share
+from .showing import line
+from .together import Together
 from .wandb_log import log_comparison
 
 
@@ -146,7 +147,9 @@ class PriorComparison(L.Callback):
     def _compare(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
         start = time.perf_counter()
         data, rank, world = trainer.datamodule, trainer.global_rank, trainer.world_size  # type: ignore[attr-defined]
-        evaluation = self.evaluate(pl_module, data, rank=rank, world=world, on_step=stopping(trainer))
+        with line(trainer, f"comparing at step {step}") as show:
+            on_step = Together(trainer, show).on_step
+            evaluation = self.evaluate(pl_module, data, rank=rank, world=world, on_step=on_step)
         self.history.append({"step": step, "rows": evaluation.rows()})
         if trainer.is_global_zero:
             batch = self.examples(data, self.num_pictures)
@@ -243,8 +246,10 @@ class PriorComparison(L.Callback):
                 options["watch"] = watch if full else None
                 return condition, compare(model, condition, seeds, candidates, self.sampler, **options), watch
 
-            with together(pl_module.trainer) if world > 1 else nullcontext():
-                (condition, pictures, watch), self.batch_size = within_memory(sample, self.batch_size)
+            together = Together(pl_module.trainer) if world > 1 else None
+            with together.until_all_are_done() if together else nullcontext():
+                tried = together.trying(sample, model.network) if together else sample
+                (condition, pictures, watch), self.batch_size = within_memory(tried, self.batch_size)
             if world > 1:
                 pictures = gather(pl_module, pictures, n, world)
             if not all(images.isfinite().all() for images in pictures.values()):

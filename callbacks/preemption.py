@@ -2,13 +2,10 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies import ModelParallelStrategy
 
 STATUS = 75
 """EX_TEMPFAIL of sysexits.h: the same command with `--ckpt_path last` goes on."""
@@ -19,18 +16,19 @@ class Preempted(SystemExit):
 
 
 class Preemption(L.Callback):
-    """Notes a SIGTERM while training and, at the end of the optimiser's step, raises `Preempted` on every process.
+    """Notes a SIGTERM while training and, at the end of the optimiser's step, or of a batch of validation, raises
+    `Preempted` on every process. A validation that was left is made again by the run that goes on.
 
     First among the callbacks, so that a comparison that is due is left to the run that goes on. `Checkpoint` saves at
     the exception. The processes agree by one reduction per step of the optimiser; Lightning's own handler would start a
     collective inside the signal handler, where the other processes may be in another one.
     """
 
-    asked = False
+    asked, _whole = False, True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Takes SIGTERM over from Lightning, which restores the handlers that were there when training ends."""
-        self.asked, self._last_step = False, trainer.global_step
+        self.asked, self._whole, self._last_step = False, True, trainer.global_step
 
         def note(*_: Any) -> None:
             launcher = trainer.strategy.launcher
@@ -44,38 +42,27 @@ class Preemption(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == self._last_step:
-            return  # between micro-batches there is nothing to save: gradients are in no checkpoint
+        self._whole = trainer.global_step != self._last_step
         self._last_step = trainer.global_step
-        if trainer.strategy.reduce_boolean_decision(self.asked, all=False):
-            raise stopped(trainer)
+        self._stop_if_asked(trainer)
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        total: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
+        total.ready = total.started = total.completed  # it was left within a batch no longer
 
-def stopping(trainer: L.Trainer) -> Callable[[int, int], None] | None:
-    """For `on_step` of a sampling loop: raises `Preempted` once a SIGTERM has come; to be used within `together`.
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if not trainer.sanity_checking:
+            self._stop_if_asked(trainer, validating=True)
 
-    Processes that share a network's weights (ModelParallelStrategy) must call it equally often, and leave together.
-    """
-    own = next((c for c in trainer.callbacks if isinstance(c, Preemption)), None)  # type: ignore[attr-defined]
-    shared = isinstance(trainer.strategy, ModelParallelStrategy)
-
-    def on_step(step: int, total: int) -> None:
-        assert own is not None
-        if trainer.strategy.reduce_boolean_decision(own.asked, all=False) if shared else own.asked:
-            raise stopped(trainer)
-
-    return None if own is None else on_step
-
-
-@contextmanager
-def together(trainer: L.Trainer) -> Iterator[None]:
-    """Every process leaves the block by `Preempted` where one does."""
-    left = False
-    try:
-        yield
-    except Preempted:
-        left = True
-    if trainer.strategy.reduce_boolean_decision(left, all=False):
+    def _stop_if_asked(self, trainer: L.Trainer, validating: bool = False) -> None:
+        if not self._whole:
+            return  # between micro-batches there is nothing to save: gradients are in no checkpoint
+        if not trainer.strategy.reduce_boolean_decision(self.asked, all=False):
+            return
+        if validating:  # Lightning takes up a validation that was left within a batch: here as if in the first one
+            progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+            progress.reset_on_run()
+            progress.total.processed = progress.total.completed = progress.total.started - 1
         raise stopped(trainer)
 
 

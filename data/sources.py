@@ -80,7 +80,8 @@ class MemoryImages(Dataset):
 class FileImages(Dataset):
     """Pictures decoded when they are asked for.
 
-    `pictures`: for each row a path, or a mapping from batch keys to pictures; see `Listing`. A row with a picture that
+    `pictures`: for each row a path, or a mapping from batch keys to pictures; see `Listing`. `check`: called with each
+    row of these that is read, raises where what belongs to its picture cannot be read. A row with a picture that
     cannot be read is reported, and the next readable one stands in for it, so that batches keep their size; beyond
     `max_bad_images` of them, counted over all loader workers of a process, `BadImages` lists their names.
     """
@@ -96,8 +97,9 @@ class FileImages(Dataset):
         channels: int,
         max_bad_images: int,
         rows: Tensor | None = None,
+        check: Callable[[int], object] | None = None,
     ):
-        self.pictures, self.labels, self.texts = pictures, labels, texts
+        self.pictures, self.labels, self.texts, self.check = pictures, labels, texts, check
         self.resolution, self.channels, self.max_bad_images = resolution, channels, max_bad_images
         self.rows = torch.arange(len(pictures)) if rows is None else rows
         # 1 + which of a row's pictures cannot be read, or 0; what one worker marks, all see
@@ -108,7 +110,7 @@ class FileImages(Dataset):
 
     def select(self, rows: Tensor) -> "FileImages":
         settings = (self.resolution, self.channels, self.max_bad_images)
-        return FileImages(self.pictures, self.labels, self.texts, *settings, rows=self.rows[rows])
+        return FileImages(self.pictures, self.labels, self.texts, *settings, rows=self.rows[rows], check=self.check)
 
     def __getitems__(self, indices: Sequence[int], places: Sequence[Place] | None = None) -> Any:
         """The batch; `places`: where each row's squares are cut out, the centre if absent."""
@@ -132,6 +134,8 @@ class FileImages(Dataset):
     def _read(self, index: int, place: Place | None) -> tuple[int, dict[str, Tensor]]:
         def read(row: int) -> dict[str, Tensor]:
             pictures, found = self._pictures(row), {}
+            if self.check is not None:
+                self.check(int(self.rows[row]))
             for key, picture in pictures.items():  # the pictures of a row are fitted alike: none alone is padded
                 try:
                     found[key] = decode(picture, self.resolution, self.channels, pad=len(pictures) == 1, place=place)

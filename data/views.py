@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from .listings import split_folders
 from .loading import EpochOrder, Loader, PictureData
@@ -43,7 +43,8 @@ class ObjectViews(PictureData):
         where a sample is a target view. Its input is another view of the object, which follows from (seed, epoch,
         target) alone on any number of devices; for validation always the same one.
 
-    ValueError, on first use, for a bad source; later for a camera that cannot be read.
+    A view whose camera cannot be read is skipped like one whose picture cannot. ValueError, on first use, for a bad
+    source.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class Views:
         views = cls([len(names) for _, names in objects])
         views.objects = objects
         numbers = torch.arange(len(views))  # as labels, they tell which picture stands in for an unreadable one
-        views.images = FileImages(views, numbers, None, resolution, 3, max_bad_images)
+        views.images = FileImages(views, numbers, None, resolution, 3, max_bad_images, check=views.centre)
         return views
 
     @classmethod
@@ -176,12 +177,7 @@ class Pairs(Dataset):
                 end
             ):  # it stands in for an object's last, unreadable
                 image[i], since[i] = targets["pixels"][i], end
-        try:
-            centres = [torch.stack([self.views.centre(view) for view in numbers]) for numbers in (to, since)]
-        except ValueError as error:
-            if get_worker_info() is None:
-                raise
-            return error  # `Loader` raises it
+        centres = [torch.stack([self.views.centre(view) for view in numbers]) for numbers in (to, since)]
         return {"pixels": targets["pixels"], "image": image, "pose": relative_pose(*centres)}
 
 

@@ -52,11 +52,14 @@ def fit(
     steps: int = STEPS,
     resume: bool = False,
     devices: int = 1,
+    machines: int = 1,
     kind: str = "ddp",
     batch_size: int = 4,
     workers: int = 1,
     callbacks: tuple[L.Callback, ...] = (),
     every: int = 3,
+    validate_every: int = 3,
+    precision: Any = "32-true",
     **options: Any,
 ) -> FineTune:
     """Runs it in this process, or goes on from the folder's newest checkpoint."""
@@ -85,9 +88,11 @@ def fit(
         max_steps=steps,
         accelerator="cpu",
         devices=devices,
-        strategy=strategy(kind, devices),
+        num_nodes=machines,
+        strategy=strategy(kind, devices * machines),
+        precision=precision,
         accumulate_grad_batches=2,
-        limit_val_batches=1,
+        val_check_interval=validate_every,  # at 3: in mid-accumulation, in mid-epoch, and at the end of one
         num_sanity_val_steps=0,
         log_every_n_steps=1,
         gradient_clip_val=1.0,

@@ -2,11 +2,13 @@
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from ..sample.bits import in_few_bits
@@ -14,7 +16,8 @@ from ..sample.checkpoint import read_checkpoint
 from ..sample.model import Condition, DiffusionModel
 from ..sample.noise import DiscretePath, add_noise, data_scale, like, weights
 from .adapters import Lora, add_adapter
-from .bad_steps import check_loss, check_network, leave_out_if_bad
+from .bad_steps import Usual, check_loss, check_network, leave_out_if_bad
+from .combinations import check_combination
 from .objective import (
     Density,
     Drop,
@@ -51,9 +54,10 @@ class FineTune(L.LightningModule):
         gradient_checkpointing: recomputes activations in the backward pass: less memory, more time.
         compile: torch.compile of the network in training; validation and comparisons run it as written.
         channels_last: the layout that convolutions on GPUs are quickest in; of no use to transformers.
-        max_bad_steps: how many steps whose gradient is not finite may be left out over the run, each written to the
-            run's bad_steps.jsonl; every step then waits for the device once. At 0, the loss is looked at where it is
-            logged, and ends the run.
+        max_bad_steps: how many steps whose gradient is not finite, or far too long, may be left out over the run, each
+            written to the run's bad_steps.jsonl; every step then waits for the device once. At 0, the loss is looked at
+            where it is logged, and ends the run.
+        max_gradient_growth: a gradient that is so many times as long as usual is far too long.
     """
 
     def __init__(
@@ -76,8 +80,13 @@ class FineTune(L.LightningModule):
         compile: bool = False,
         channels_last: bool = False,
         max_bad_steps: int = 0,
+        max_gradient_growth: float = 100.0,
     ):
         super().__init__()
+        if hasattr(model.network, "_orig_mod"):
+            raise ValueError(
+                "torch.compile has renamed the network's tensors: give the model its network, and set compile"
+            )
         self.table = list(drop or [])
         check_table(self.table, model.ladder[-1] if model.ladder else frozenset())
         if model.learned_range and vb_weight and not isinstance(model.path, DiscretePath):
@@ -102,6 +111,7 @@ class FineTune(L.LightningModule):
             model.network.enable_gradient_checkpointing()  # type: ignore[operator]
         self.max_bad_steps, self.bad_steps = max_bad_steps, 0
         self._mean: RunningMean | None = None
+        self.max_gradient_growth, self.usual = max_gradient_growth, Usual()
         self.random: dict[str, Tensor] | None = None  # this process's generators, as the last training step left them
         self.learning_rate, self.lr_multipliers = learning_rate, lr_multipliers or {}
         self.weight_decay, self.betas, self.use_8bit_adam = weight_decay, betas, use_8bit_adam
@@ -118,7 +128,11 @@ class FineTune(L.LightningModule):
         return self
 
     def setup(self, stage: str) -> None:
-        """ValueError where the data has more classes than the model: on a GPU a label too many ends in a crash."""
+        """ValueError where settings do not go together, or the data has more classes than the model: on a GPU a label
+        too many ends in a crash."""
+        shared = isinstance(self.trainer.strategy, ModelParallelStrategy)
+        few_bits = self.lora is not None and self.lora.base_bits is not None
+        check_combination(str(self.trainer.precision), shared, self.use_8bit_adam, few_bits, self.compile_network)
         classes = getattr(self.trainer.datamodule, "num_classes", 0)  # type: ignore[attr-defined]
         rows = getattr(self.model, "num_classes", 0)
         if rows and classes > rows and "label" in self.model.ladder[-1]:
@@ -168,22 +182,16 @@ class FineTune(L.LightningModule):
 
     # --- validation: the same held-out noise every time, for the condition and for its null
 
-    def on_validation_epoch_start(self) -> None:
-        self._validating = ExitStack()
-        self._validating.enter_context(self.averaged())
-
-    def on_validation_epoch_end(self) -> None:
-        self._validating.close()
-
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        x_0, condition = self.model.encode(batch)
-        generator = torch.Generator().manual_seed(batch_idx)
-        eps = torch.randn(x_0.shape, generator=generator).to(x_0)
-        u = (torch.arange(len(x_0)) + torch.rand(len(x_0), generator=generator)) / len(x_0)
-        t = self.model.path.draw(u[torch.randperm(len(u), generator=generator)].to(x_0.device))
-        self._log_validation("val/loss", x_0, condition, eps, t)
-        if self.table:
-            self._log_validation("val/loss_null", x_0, self.model.null(condition), eps, t)
+        with self.averaged() as model:
+            x_0, condition = model.encode(batch)
+            generator = torch.Generator().manual_seed(batch_idx)
+            eps = torch.randn(x_0.shape, generator=generator).to(x_0)
+            u = (torch.arange(len(x_0)) + torch.rand(len(x_0), generator=generator)) / len(x_0)
+            t = model.path.draw(u[torch.randperm(len(u), generator=generator)].to(x_0.device))
+            self._log_validation("val/loss", x_0, condition, eps, t)
+            if self.table:
+                self._log_validation("val/loss_null", x_0, model.null(condition), eps, t)
 
     def _log_validation(self, name: str, x_0: Tensor, condition: Condition, eps: Tensor, t: Tensor) -> None:
         self.log(name, self.loss(x_0, condition, eps, t).mean(), batch_size=len(x_0), sync_dist=True)
@@ -210,7 +218,8 @@ class FineTune(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.max_bad_steps and self.trainer.precision != "16-mixed":  # whose scaler leaves bad steps out itself
-            self.bad_steps += leave_out_if_bad(self, optimizer, self.max_bad_steps - self.bad_steps)
+            left = self.max_bad_steps - self.bad_steps
+            self.bad_steps += leave_out_if_bad(self, optimizer, left, self.usual, self.max_gradient_growth)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -256,7 +265,7 @@ class FineTune(L.LightningModule):
         check_network(self, self.model.network)
         kept = self._kept()
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
-        checkpoint["bad_steps"] = self.bad_steps
+        checkpoint["bad_steps"], checkpoint["usual_gradient"] = self.bad_steps, asdict(self.usual)
         if self.random is not None:  # (processes, bytes) each
             states: Any = self.all_gather({name: state.to(self.device) for name, state in self.random.items()})
             checkpoint["random"] = {name: state.reshape(-1, state.shape[-1]).cpu() for name, state in states.items()}
@@ -277,7 +286,7 @@ class FineTune(L.LightningModule):
             raise ValueError(f"the checkpoint lacks {len(missing)} of the network's tensors, {missing[0]} for one")
         if extra := sorted(found - wanted):
             raise ValueError(f"the checkpoint holds {len(extra)} tensors that the model has not, {extra[0]} for one")
-        self.bad_steps = checkpoint.get("bad_steps", 0)
+        self.bad_steps, self.usual = checkpoint.get("bad_steps", 0), Usual(**checkpoint.get("usual_gradient", {}))
         states = checkpoint.get("random", {"cpu": ()})
         if self.global_rank < len(states["cpu"]):
             self.random = {name: state[self.global_rank].clone() for name, state in states.items()}

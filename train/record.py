@@ -10,7 +10,17 @@ from pathlib import Path as File
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from ..callbacks.comparison import PriorComparison
 from ..callbacks.figures import distances
@@ -83,12 +93,16 @@ def full_comparison(
             one = callback.draw(fine_tune, data, count, scales=scales, full=True, on_step=advance, parts=parts)
             one = one if step is None else one.at(step)
             drawn = one if drawn is None else drawn | one
+            losses = bar.add_task("losses of the null", total=1)
             health |= health_of(callback, fine_tune, data, count, step)
+            bar.update(losses, completed=1)
             steps.append(step)
             if step is not None and number + 1 == len(files):
                 rule = replace(rule, baseline=at(rule.baseline, step))
         assert drawn is not None
+        judging = bar.add_task("measuring", total=1)
         evaluation = judged(callback, drawn, data, fine_tune.device, rule)
+        bar.update(judging, completed=1)
     watched = [
         {"prior": arm[0], "scales": list(arm[1]), **one.to_json(), "sentence": saturation.in_words(arm, one)}
         for arm, one in evaluation.saturation.items()
@@ -221,10 +235,18 @@ def progress() -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed}/{task.total} steps"),
+        MofNCompleteColumn(),
+        Rate(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
+
+
+class Rate(ProgressColumn):
+    """Steps per second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.3g}/s" if task.speed else "")
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from fits import Pictures, Seer, same, seed, trainer, tuning, weights
+from lightning.pytorch.callbacks import RichProgressBar
 from oracle import TwoRungs, assert_near, pixel_model
 from PIL import Image
 
@@ -332,3 +333,22 @@ def test_pictures_that_are_not_finite_end_the_run():
         tune.model.network.conv_out.bias.fill_(torch.nan)
     with pytest.raises(ValueError, match="the pictures are no longer finite: lower the learning rate"):
         compare_at_start(tune)
+
+
+def test_the_progress_bar_says_that_it_compares(tmp_path, monkeypatch):
+    seen, evaluate = [], PriorComparison.evaluate
+
+    def watched(self, pl_module, *args, on_step, **options):
+        def stepping(done, total):
+            on_step(done, total)
+            tasks = pl_module.trainer.progress_bar_callback.progress.tasks
+            seen.append([(task.description, task.completed, task.total) for task in tasks][-1])
+
+        return evaluate(self, pl_module, *args, on_step=stepping, **options)
+
+    monkeypatch.setattr(PriorComparison, "evaluate", watched)
+    bar = RichProgressBar()
+    fit = trainer(tmp_path, 2, callbacks=[comparison(), bar], enable_progress_bar=True)
+    fit.fit(tuning(), Pictures())
+    assert seen[0] == ("comparing at step 2", 1, len(seen)) and seen[-1][1] == len(seen)
+    assert not [task for task in bar.progress.tasks if "comparing" in task.description]  # its line goes with it

@@ -13,10 +13,10 @@ from oracle import assert_near
 TESTS = Path(__file__).parent.parent
 
 
-def run(folder: Path, devices: int) -> list[dict]:
+def run(folder: Path, devices: int, kind: str = "ddp") -> list[dict]:
     folder.mkdir()
     path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, str(Path(__file__).with_name("two_processes.py")), str(folder), str(devices)]
+    command = [sys.executable, str(Path(__file__).with_name("two_processes.py")), str(folder), str(devices), kind]
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
@@ -25,8 +25,9 @@ def run(folder: Path, devices: int) -> list[dict]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(500)
-def test_two_processes_compare_as_one_does(tmp_path):
-    (alone,), ranks = run(tmp_path / "one", 1), run(tmp_path / "two", 2)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_compare_as_one_does(tmp_path, kind):
+    (alone,), ranks = run(tmp_path / "one", 1), run(tmp_path / "two", 2, kind)
     seeds = [set(rank["noise"]) for rank in ranks]
     assert seeds[0] | seeds[1] == set(range(7)) == set(alone["noise"])
     assert len(seeds[0] & seeds[1]) == 1  # the conditions are shared out; one fills the last place

@@ -1,6 +1,6 @@
 """Run by test_comparison_ddp.py: a fit with comparisons on DEVICES processes, its pictures and noise left in FOLDER.
 
-python two_processes.py FOLDER DEVICES
+python two_processes.py FOLDER DEVICES ddp|fsdp
 """
 
 import os
@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 from fits import Pictures, Seer, seed, trainer, tuning
+from interrupted import strategy
 from oracle import pixel_model
 
 from priorguide.callbacks.comparison import PriorComparison
 from priorguide.sample.loop import Sampler
 from priorguide.sample.seeds import SeededNoise
 
-folder, devices = Path(sys.argv[1]), int(sys.argv[2])
+folder, devices, kind = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 rank = os.environ.get("LOCAL_RANK", "0")
 drawn: dict[int, list[torch.Tensor]] = {}
 evaluations = []
@@ -57,7 +58,7 @@ if __name__ == "__main__":
         metric_network=Seer(),
     )
     tune = tuning(learning_rate=0.0, ema_decay=0)  # the model stays the same, whatever its gradients
-    options = {"devices": devices, "strategy": "ddp" if devices > 1 else "auto"}
+    options = {"devices": devices, "strategy": strategy(kind, devices)}
     fitted = trainer(folder, 4, callbacks=[callback], **options)
     fitted.fit(tune, Pictures(train=48))
     noise = {number: torch.stack(pictures) for number, pictures in drawn.items()}

@@ -85,9 +85,10 @@ def test_sigterm_to_one_stops_both_and_they_go_on(edges, tmp_path, kind, to):
     assert last(tmp_path)["global_step"] == step + 3
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("dies", ["first", "other"])
-def test_a_process_that_dies_ends_the_run(edges, tmp_path, dies):
-    with running(edges, "ddp", tmp_path, FOREVER) as run:
+def test_a_process_that_dies_ends_the_run(edges, tmp_path, dies, kind):
+    with running(edges, kind, tmp_path, FOREVER) as run:
         until_saved(run, tmp_path)
         began = time.monotonic()
         os.kill(run.pid if dies == "first" else other(run), signal.SIGKILL)

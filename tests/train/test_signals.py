@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -80,6 +81,35 @@ def test_sigterm_inside_a_comparison_stops_at_the_next_denoising_step(pictures, 
     assert same(held(tmp_path), held(undisturbed))
     lines = (tmp_path / "compare" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [3, 6]
+
+
+class Validations(L.Callback):
+    """What was validated, and a SIGTERM in the midst of the n-th batch of it; `seen`: how many began."""
+
+    def __init__(self, number: int = 0):
+        self.number, self.seen, self.found = number, 0, []
+
+    def on_validation_batch_start(self, *_):
+        self.seen += 1
+        if self.seen == self.number:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_validation_end(self, trainer, pl_module):
+        self.found.append((trainer.global_step, float(trainer.callback_metrics["val/loss"])))
+
+
+def test_sigterm_inside_validation_stops_at_its_next_batch(pictures, undisturbed, tmp_path):
+    """Three batches each: in mid-accumulation, where a step can be saved, at the end of an epoch."""
+    fit(pictures, tmp_path / "whole", workers=0, steps=6, callbacks=(whole := Validations(),))
+    assert [step for step, _ in whole.found] == [1, 3, 5] and same(held(tmp_path / "whole"), held(undisturbed))
+    for number, last, step in ((1, 3, 2), (4, 4, 3), (5, 5, 3), (9, 9, 5)):
+        folder, first, then = tmp_path / str(number), Validations(number), Validations()
+        with pytest.raises(Preempted):
+            fit(pictures, folder, workers=0, steps=6, callbacks=(first,))
+        assert first.seen == last and held(folder)["global_step"] == step
+        fit(pictures, folder, workers=0, steps=6, callbacks=(then,), resume=True)
+        assert same(held(folder), held(undisturbed))
+        assert first.found + then.found == whole.found  # a validation that was left is made again, whole
 
 
 @pytest.mark.slow
@@ -180,6 +210,29 @@ def test_a_bad_step_is_left_out_and_written_down(pictures, tmp_path):
     order.set_epoch(0)
     assert line["samples"] == [[index for _, index in order][8:16]]
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["bad_steps"] == 1
+
+
+class Explode(L.Callback):
+    """The gradient of these micro-batches is far too long, but finite."""
+
+    def __init__(self, *numbers: int):
+        self.numbers, self.seen = numbers, 0
+
+    def on_after_backward(self, trainer, pl_module):
+        self.seen += 1
+        for parameter in pl_module.model.network.parameters() if self.seen in self.numbers else ():
+            parameter.grad.mul_(1e4)
+
+
+def test_a_step_that_explodes_is_left_out_as_well(pictures, tmp_path):
+    """Once it is known what is usual: not the first one here."""
+    options = {"workers": 0, "steps": 16, "every": 100, "validate_every": 9}
+    tune = fit(pictures, tmp_path, callbacks=(Explode(1, 27),), max_bad_steps=1, **options)
+    (line,) = map(json.loads, (tmp_path / "bad_steps.jsonl").read_text().splitlines())
+    assert (line["step"], line["epoch"], line["batches"]) == (14, 2, [8])
+    assert re.fullmatch(r"is \d+ times as long as usual \(max_gradient_growth: 100\)", line["fault"])
+    stored = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["usual_gradient"]
+    assert stored == {"log": tune.usual.log, "steps": 15}
 
 
 def test_more_bad_steps_than_allowed_end_the_run(pictures, tmp_path):

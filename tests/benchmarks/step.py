@@ -1,6 +1,6 @@
 """What a training step and a comparison cost, as ratios measured in one run, printed as rows for BENCHMARKS.md.
 
-    python tests/benchmarks/step.py [--only profile flags optimiser adapter ddp comparison] [--rounds 5]
+    python tests/benchmarks/step.py [--only profile flags compiled optimiser adapter ddp comparison] [--rounds 5]
 
 Seconds are processor time on one thread, in turns, medians after one uncounted round, so that other work on the machine
 matters little; but those of two processes are by the clock. Memory comes from a process of its own per case.
@@ -8,6 +8,7 @@ matters little; but those of two processes are by the clock. Memory comes from a
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -16,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -30,6 +32,8 @@ from priorguide.data.labelled import LabelledImages
 from priorguide.sample.candidates import Candidate
 from priorguide.sample.guidance import Guidance, unconditional
 from priorguide.sample.loop import Sampler, trajectories
+from priorguide.sample.models.dit import DiT
+from priorguide.sample.models.dit_network import DiTNetwork
 from priorguide.sample.models.instruct_pix2pix import InstructPix2Pix
 from priorguide.train import fine_tune as fine_tuning
 from priorguide.train.adapters import Lora, adapter_of
@@ -38,10 +42,10 @@ from priorguide.train.fit import quiet
 from priorguide.train.objective import Drop
 
 CONTEXT = 64
-BATCH = 4
+BATCH = 2
 
 
-def edited(width: int = 64) -> InstructPix2Pix:
+def edited(width: int = 48) -> InstructPix2Pix:
     """Stable Diffusion 1.x's layout with 8 input channels, narrow, at random weights; its latents are given."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
@@ -53,7 +57,8 @@ def edited(width: int = 64) -> InstructPix2Pix:
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=CONTEXT,
         attention_head_dim=8,
-        layers_per_block=2,
+        norm_num_groups=16,
+        layers_per_block=1,
     )
     return InstructPix2Pix(unet, torch.zeros(1, 77, CONTEXT), sample_size=16, space="latents")
 
@@ -114,7 +119,7 @@ class Shares:
 
 
 def profile(rounds: int) -> list[str]:
-    lines = ["| processor time of a step | quickstart's network, batch 64 | narrow U-Net, batch 4 |", "|---|---|---|"]
+    lines = ["| processor time of a step | quickstart's network, batch 64 | narrow U-Net, batch 2 |", "|---|---|---|"]
     columns = []
     for name in ("quickstart", "narrow"):
         shares = Shares()
@@ -165,11 +170,9 @@ def in_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, f
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def a_step(autocast: bool = False, fused: bool = True, compile: bool = False, **options: Any) -> Callable[[], None]:
+def a_step(autocast: bool = False, fused: bool = True, **options: Any) -> Callable[[], None]:
     """Loss, backward, optimiser, average, as `FineTune` has them, without Lightning."""
     module = Given(edited(), ema_decay=0.999, **options)
-    if compile:
-        module.model.network.compile()
     parameters = [p for p in module.model.network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, fused=fused)
     mean = fine_tuning.RunningMean(module.average, module.model.network)
@@ -189,7 +192,6 @@ def a_step(autocast: bool = False, fused: bool = True, compile: bool = False, **
 FLAGS: dict[str, dict[str, Any]] = {
     "plain (fused AdamW)": {},
     "AdamW not fused": {"fused": False},
-    "compile": {"compile": True},
     "channels_last": {"channels_last": True},
     "gradient_checkpointing": {"gradient_checkpointing": True},
     "bf16-mixed": {"autocast": True},
@@ -201,16 +203,36 @@ FLAGS: dict[str, dict[str, Any]] = {
 
 
 def flags(rounds: int) -> list[str]:
-    calls = {name: a_step(**options) for name, options in FLAGS.items()}
-    seconds = in_turns(calls, rounds)
-    first = next(iter(seconds.values()))
-    peaks = {name: apart("flags", name) for name in FLAGS if name != "compile"}
-    plain = peaks["plain (fused AdamW)"]
+    peaks = {name: apart(partial(a_step, **options)) for name, options in FLAGS.items()}
+    seconds = in_turns({name: a_step(**options) for name, options in FLAGS.items()}, rounds)
+    plain = "plain (fused AdamW)"
     lines = ["| | seconds of a step, ratio | peak memory beside plain |", "|---|---|---|"]
     for name, value in seconds.items():
-        more = f"{(peaks[name] - plain) / 2**20:+.0f} MiB" if name in peaks else "not measured (the compiler's own)"
-        lines.append(f"| {name} | {value / first:.2f} | {more} |")
+        more = f"{(peaks[name] - peaks[plain]) / 2**20:+.0f} MiB"
+        lines.append(f"| {name} | {value / seconds[plain]:.2f} | {more} |")
     return lines
+
+
+def compiled(rounds: int) -> list[str]:
+    """A small transformer: the compiler takes minutes for a U-Net's many kernels on a CPU."""
+    torch.manual_seed(0)
+    twins = [DiT(DiTNetwork(input_size=16, hidden_size=384, depth=4, num_heads=6), space="latents") for _ in "ab"]
+    twins[1].network.load_state_dict(twins[0].network.state_dict())
+    twins[1].network.compile()
+    x_0, label, t = torch.randn(8, 4, 16, 16), torch.zeros(8, dtype=torch.long), torch.full((8,), 500.0)
+
+    def step(model: DiT) -> None:
+        model.denoise(x_0, t, {"label": label}).square().mean().backward()
+
+    start = time.process_time()
+    step(twins[1])
+    first = time.process_time() - start
+    seconds = in_turns({"as written": lambda: step(twins[0]), "compiled": lambda: step(twins[1])}, 3 * rounds)
+    ratio = seconds["compiled"] / seconds["as written"]
+    return [
+        f"DiT of width 384, 4 layers, batch 8, float32, forward and backward: compiled takes {ratio:.2f} of the time "
+        f"as written; the first step took {first / seconds['as written']:.0f} steps' time."
+    ]
 
 
 def optimiser(rounds: int) -> list[str]:
@@ -264,7 +286,7 @@ def guided(way: str, steps: int) -> Callable[[], object]:
 
 def adapter(rounds: int) -> list[str]:
     seconds = in_turns({way: guided(way, 3) for way in WAYS}, rounds)
-    peaks = {way: apart("adapter", way) for way in WAYS}
+    peaks = {way: apart(partial(guided, way, 2)) for way in WAYS}
     first = WAYS[0]
     lines = ["| guidance with two scales | seconds, ratio | peak memory beside the first |", "|---|---|---|"]
     for way in WAYS:
@@ -274,18 +296,21 @@ def adapter(rounds: int) -> list[str]:
     return [*lines, "", f"A network's own weights: {size:.0f} MiB."]
 
 
-def apart(section: str, case: str) -> int:
-    """The peak, in bytes, of a process of its own that runs the case."""
-    command = [sys.executable, __file__, "--case", section, case]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
-    return int(json.loads(done.stdout.splitlines()[-1]))
-
-
-def case(section: str, name: str) -> int:
-    call = guided(name, 2) if section == "adapter" else a_step(**FLAGS[name])
-    call()
-    call()
-    return (1 if sys.platform == "darwin" else 1024) * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def apart(case: Callable[[], Callable[[], object]]) -> int:
+    """Bytes by which the peak of a forked process rises while it makes the case's call and runs it twice."""
+    reader, writer = os.pipe()
+    if not (child := os.fork()):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        call = case()
+        call()
+        call()
+        rise = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        os.write(writer, json.dumps(rise * (1 if sys.platform == "darwin" else 1024)).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        return int(json.loads(pipe.read()))
 
 
 # --- two processes, and comparisons
@@ -338,22 +363,25 @@ def comparison(rounds: int) -> list[str]:
 
 
 SECTIONS = {
-    "profile": profile, "flags": flags, "optimiser": optimiser, "adapter": adapter, "ddp": ddp, "comparison": comparison
-}  # fmt: skip
+    "profile": profile,
+    "flags": flags,
+    "compiled": compiled,
+    "optimiser": optimiser,
+    "adapter": adapter,
+    "ddp": ddp,
+    "comparison": comparison,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--case", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--fit", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     quiet()
-    if arguments.case:
-        print(json.dumps(case(*arguments.case)))
-    elif arguments.fit:
+    if arguments.fit:
         print("rate", one_fit(arguments.fit), flush=True)
     else:
         for name in arguments.only:

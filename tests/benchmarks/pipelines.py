@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-from priorguide.sample.bits import reduce_bits
+from priorguide.sample.bits import bytes_of, reduce_bits
 from priorguide.sample.pipeline import prior_guidance
 
 WIDTHS, CONTEXT, RANK = (64, 128, 256, 256), 160, 16
@@ -85,8 +85,8 @@ def call(
     adapter: bool = False,
     bits: Any = None,
     **options: Any,
-) -> tuple[Callable[[], None], dict[str, int]]:
-    """A call of the pipeline, and the rows per picture that its networks have been given, by network."""
+) -> tuple[Callable[[], None], dict[str, int], int]:
+    """A call of the pipeline, the rows that its networks have been given, by network, and the bytes of the prior's."""
     own, rows = unet(0), {"own": 0, "prior": 0}
     if lora:
         with_lora(own, merged)
@@ -123,7 +123,7 @@ def call(
                 **context, latents=latents, guidance_scale=scale, num_inference_steps=steps, output_type="latent"
             )  # no warm-up within: the first round is not counted
 
-    return run, rows
+    return run, rows, bytes_of(base) if base is not None else 0
 
 
 def count(network: Any, name: str, rows: dict[str, int]) -> None:
@@ -159,7 +159,7 @@ def main() -> None:
     calls = {way: call(arguments.batch, arguments.steps, **options) for way, options in ways.items()}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(arguments.rounds + 1):
-        for way, (run, rows) in list(calls.items())[:: 1 if number % 2 else -1]:
+        for way, (run, rows, _) in list(calls.items())[:: 1 if number % 2 else -1]:
             rows |= dict.fromkeys(rows, 0)
             start = time.process_time()
             run()
@@ -171,13 +171,13 @@ def main() -> None:
 
     parameters = sum(p.numel() for p in unet(0).parameters())
     print(f"{parameters / 1e6:.1f} M parameters, batch {arguments.batch}, {arguments.steps} steps of DDIM\n")
-    print("| guidance | seconds | beside self | evaluations, own + prior | peak memory beside self |")
-    print("|---|---|---|---|---|")
-    for way, (_, rows) in calls.items():
+    print("| guidance | seconds | beside self | evaluations, own + prior | prior's weights | peak memory beside self |")
+    print("|---|---|---|---|---|---|")
+    for way, (_, rows, held) in calls.items():
         own, other = (rows[name] // arguments.batch for name in ("own", "prior"))
         more = f"{(peaks[way] - peaks['self']) / 2**20:+.0f} MiB" if peaks else "–"
         middle = statistics.median(seconds[way])
-        print(f"| {way} | {middle:.2f} | {beside(way, 'self')} | {own} + {other} | {more} |")
+        print(f"| {way} | {middle:.2f} | {beside(way, 'self')} | {own} + {other} | {held / 2**20:.0f} MiB | {more} |")
     if {LORA, "self, LoRA unmerged"} <= set(ways):
         print(f"\nLoRA's base beside self, LoRA unmerged: {beside(LORA, 'self, LoRA unmerged')}")
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from .cache import Cache
 from .decoding import ANIMATED, VIDEOS, need_video_reader, read_clip
 from .listings import METADATA, Listing, picture_in, read_metadata, split_folders
-from .loading import EpochOrder, Loader, PictureData
+from .loading import EpochOrder, Order, PictureData
 from .shapes import FPS, LENGTH, MovingShape
 from .sources import BadImages, Images, first_readable
 
@@ -44,6 +45,7 @@ class Clips(PictureData):
     train_batch_size, max_train_samples, max_val_samples, val_fraction, seed, num_workers: as in `LabelledImages`. What
         is drawn at random follows from (seed, epoch, which clip) alone on any number of devices; for validation from
         which clip.
+    cache: where encoded training samples are kept, see `Cache`; null encodes at every step.
 
     ValueError, on first use, for a bad source or a clip without caption; ModuleNotFoundError for video files without
     PyAV.
@@ -66,8 +68,10 @@ class Clips(PictureData):
         seed: int = 0,
         num_workers: int = 0,
         max_bad_clips: int = 10,
+        cache: Cache | None = None,
     ):
-        super().__init__(train_batch_size, max_train_samples, max_val_samples, val_fraction, seed, num_workers)
+        sizes = (train_batch_size, max_train_samples, max_val_samples, val_fraction)
+        super().__init__(*sizes, seed, num_workers, cache=cache)
         strides = (frame_stride, frame_stride) if isinstance(frame_stride, int) else frame_stride
         if frames < 2 or not 1 <= strides[0] <= strides[1]:
             raise ValueError(
@@ -91,9 +95,9 @@ class Clips(PictureData):
         train, *held = [ClipFiles(listing, self.taking, self.max_bad_clips) for listing in listings]
         return train, held[0] if held else None, ()
 
-    def train_dataloader(self) -> Loader:
-        """Shuffled and drawn by (seed, epoch), divided among the devices, the last partial batch dropped."""
-        return self._loader(self.splits.train, EpochOrder, shuffle=True)
+    def training(self) -> tuple[Any, type[Order]]:
+        """The training clips, drawn by (seed, epoch)."""
+        return self.splits.train, EpochOrder
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from . import fashion
+from .cache import Cache
 from .images import fit
 from .loading import PictureData
 from .pairs import Columns, read_pairs
@@ -33,6 +34,7 @@ class EditPairs(PictureData):
         left or right. Flips and places follow from (seed, epoch, which pair) alone, on any number of devices.
     train_batch_size, max_train_samples, max_val_samples, val_fraction, seed, num_workers, max_bad_images: as in
         `LabelledImages`. A pair with an unreadable picture is skipped whole.
+    cache: where encoded training samples are kept, see `Cache`; null encodes at every step.
 
     ValueError, on first use, for a bad source, columns that cannot be told, a pair without instruction or picture.
     """
@@ -53,8 +55,10 @@ class EditPairs(PictureData):
         seed: int = 0,
         num_workers: int = 0,
         max_bad_images: int = 10,
+        cache: Cache | None = None,
     ):
-        super().__init__(train_batch_size, max_train_samples, max_val_samples, val_fraction, seed, num_workers)
+        sizes = (train_batch_size, max_train_samples, max_val_samples, val_fraction)
+        super().__init__(*sizes, seed, num_workers, cache=cache)
         self.center_crop, self.random_flip = center_crop, random_flip
         columns = Columns(original_image_column, edited_image_column, edit_prompt_column)
         self._source = partial(open_pairs, source, columns, resolution, max_bad_images)

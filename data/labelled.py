@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .cache import Cache
 from .loading import PictureData
 from .sources import Images, open_source
 from .tasks import Batch, find
@@ -30,6 +31,7 @@ class LabelledImages(PictureData):
     num_workers: for folders and the Hub; pictures in memory need none.
     random_flip: mirrors a training picture with probability 1/2, as (seed, epoch, which picture) have it.
     max_bad_images: so many unreadable pictures are reported and skipped; one more ends the run with a list.
+    cache: where encoded training samples are kept, see `Cache`; null encodes at every step.
 
     ValueError, on first use, for a bad source, an empty folder, labels outside [0, num_classes), a bad range.
     """
@@ -52,6 +54,7 @@ class LabelledImages(PictureData):
         max_bad_images: int = 10,
         image_column: str | None = None,
         label_column: str | None = None,
+        cache: Cache | None = None,
     ):
         if channels not in (1, 3):
             raise ValueError(f"channels must be 1 or 3, got {channels}")
@@ -63,6 +66,7 @@ class LabelledImages(PictureData):
             seed,
             num_workers,
             find(transform) if isinstance(transform, str) else transform,
+            cache,
         )
         self.train_range, self.random_flip = train_range, random_flip
         self._source = partial(

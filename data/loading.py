@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from .cache import Cache, Encoded, Key
 from .sources import Images
 from .tasks import Batch, Transform
 
@@ -43,6 +44,7 @@ class PictureData(LightningDataModule, ABC):
         seed: int,
         num_workers: int,
         transform: Transform = dict,
+        cache: Cache | None = None,
     ):
         super().__init__()
         for name, value in (("max_train_samples", max_train_samples), ("max_val_samples", max_val_samples)):
@@ -52,7 +54,7 @@ class PictureData(LightningDataModule, ABC):
             raise ValueError(f"val_fraction must be between 0 and 1, got {val_fraction}")
         self.train_batch_size, self.seed, self.num_workers = train_batch_size, seed, num_workers
         self.max_train_samples, self.max_val_samples = max_train_samples, max_val_samples
-        self.val_fraction, self.transform = val_fraction, transform
+        self.val_fraction, self.transform, self.cache = val_fraction, transform, cache
 
     @abstractmethod
     def _open(self) -> tuple[Images, Images | None, tuple[str, ...]]:
@@ -82,11 +84,40 @@ class PictureData(LightningDataModule, ABC):
         _ = self.splits
 
     def train_dataloader(self) -> "Loader":
-        """Shuffled and augmented by (seed, epoch), divided among the devices, the last partial batch dropped."""
+        """Shuffled, and what is random drawn by (seed, epoch); divided among the devices, the last partial batch
+        dropped. With a cache, its samples, in the same order."""
+        if self.cache is not None:
+            return self._loader(self.encoded(), EpochOrder, shuffle=True, transform=dict)
+        return self._loader(*self.training(), shuffle=True)
+
+    def training(self) -> tuple[Any, type["Order"]]:
+        """The training pictures, and the order that asks for them: one that names the epoch where a draw follows from
+        it."""
         if self.center_crop and not self.random_flip:
-            return self._loader(self.splits.train, Order, shuffle=True)
-        pictures = Augmented(self.splits.train, self.seed, self.center_crop, self.random_flip)
-        return self._loader(pictures, EpochOrder, shuffle=True)
+            return self.splits.train, Order
+        return Augmented(self.splits.train, self.seed, self.center_crop, self.random_flip), EpochOrder
+
+    def encoded(self) -> Encoded:
+        """The cache's samples, there or not yet. ValueError where it would hold the same draws several times."""
+        assert self.cache is not None
+        if self.cache.variants > 1 and self.training()[1] is Order:
+            raise ValueError(
+                f"nothing of these data is drawn at random: set cache.variants to 1, not {self.cache.variants}"
+            )
+        return Encoded(self.cache, torch.zeros(len(self.splits.train), dtype=torch.long))
+
+    def to_encode(self, keys: Sequence[Sequence[Key]]) -> DataLoader:
+        """Training batches as the model encodes them, of these samples each."""
+        pictures, order = self.training()
+        wanted = keys if order is EpochOrder else [[row for _, row in batch] for batch in keys]
+        return DataLoader(
+            pictures,
+            batch_sampler=wanted,  # type: ignore[arg-type]
+            collate_fn=partial(_collate, self.transform),
+            num_workers=self._workers(),
+            worker_init_fn=_leave_sigterm,
+            generator=torch.Generator().manual_seed(0),
+        )
 
     def val_dataloader(self) -> "Loader":
         return self._loader(self.splits.held, Order, shuffle=False)
@@ -115,9 +146,12 @@ class PictureData(LightningDataModule, ABC):
                 digest.update(name.encode() + held)
         return {"train": len(self.splits.train), "held_out": len(self.splits.held), "sha256": digest.hexdigest()}
 
-    def _loader(self, images: Any, order: type["Order"], shuffle: bool) -> "Loader":
+    def _workers(self) -> int:
+        return self.num_workers if getattr(self.splits.train, "decodes", False) else 0
+
+    def _loader(self, images: Any, order: type["Order"], shuffle: bool, transform: Transform | None = None) -> "Loader":
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        workers = self.num_workers if getattr(self.splits.train, "decodes", False) else 0
+        workers = self._workers()
         sampler = order(images, world, rank, shuffle=shuffle, seed=self.seed, drop_last=shuffle)
         if shuffle and len(sampler) < self.train_batch_size:
             raise ValueError(
@@ -129,7 +163,7 @@ class PictureData(LightningDataModule, ABC):
             batch_size=self.train_batch_size,
             sampler=sampler,
             drop_last=shuffle,
-            collate_fn=partial(_collate, self.transform),
+            collate_fn=partial(_collate, transform or self.transform),
             num_workers=workers,
             persistent_workers=workers > 0,
             worker_init_fn=_leave_sigterm,

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .cache import Cache
 from .listings import split_folders
-from .loading import EpochOrder, Loader, PictureData
+from .loading import EpochOrder, Order, PictureData
 from .solids import draw_camera, draw_solid, render
 from .sources import FileImages, Images, MemoryImages
 
@@ -42,6 +43,7 @@ class ObjectViews(PictureData):
     train_batch_size, max_train_samples, max_val_samples, seed, num_workers, max_bad_images: as in `LabelledImages`,
         where a sample is a target view. Its input is another view of the object, which follows from (seed, epoch,
         target) alone on any number of devices; for validation always the same one.
+    cache: where encoded training samples are kept, see `Cache`; null encodes at every step.
 
     A view whose camera cannot be read is skipped like one whose picture cannot. ValueError, on first use, for a bad
     source.
@@ -58,8 +60,10 @@ class ObjectViews(PictureData):
         seed: int = 0,
         num_workers: int = 0,
         max_bad_images: int = 10,
+        cache: Cache | None = None,
     ):
-        super().__init__(train_batch_size, max_train_samples, max_val_samples, val_fraction, seed, num_workers)
+        sizes = (train_batch_size, max_train_samples, max_val_samples, val_fraction)
+        super().__init__(*sizes, seed, num_workers, cache=cache)
         self.source, self.resolution, self.max_bad_images = source, resolution, max_bad_images
 
     def _open(self) -> tuple[Images, Images | None, tuple[str, ...]]:
@@ -67,10 +71,10 @@ class ObjectViews(PictureData):
         self._train = train
         return train.images, Pairs(held, held.images, seed=0), ()
 
-    def train_dataloader(self) -> Loader:
-        """Shuffled and paired by (seed, epoch), divided among the devices, the last partial batch dropped."""
+    def training(self) -> tuple[Any, type[Order]]:
+        """The training views, paired by (seed, epoch)."""
         targets = self.splits.train
-        return self._loader(Pairs(self._train, targets, self.seed), EpochOrder, shuffle=True)
+        return Pairs(self._train, targets, self.seed), EpochOrder
 
     def _made(self) -> tuple["Views", "Views"]:
         train, held = (_made(tuple(seeds), self.resolution) for seeds in MADE.values())

@@ -32,10 +32,15 @@ def latent_space(vae: AutoencoderKL) -> str:
 
 
 @torch.no_grad()
-def to_latents(vae: AutoencoderKL, pixels: Tensor, draw: bool = False) -> Tensor:
-    """Pixels (B, C, H, W) in [0, 1] as scaled latents, float32: the posterior's mode, or a draw from it."""
+def to_posterior(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """Pixels (B, C, H, W) in [0, 1] as mean and deviation (B, 2c, h, w) of their scaled latents, float32."""
     posterior = vae.encode(pixels.to(vae.dtype) * 2 - 1).latent_dist
-    return (posterior.sample() if draw else posterior.mode()).float() * vae.config["scaling_factor"]
+    return torch.cat([posterior.mean, posterior.std], 1).float() * vae.config["scaling_factor"]
+
+
+def to_latents(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """Pixels (B, C, H, W) in [0, 1] as scaled latents, float32: the posterior's mode."""
+    return to_posterior(vae, pixels).chunk(2, 1)[0]
 
 
 def to_pixels(vae: AutoencoderKL, latents: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
 from .noise import Path, Prediction
@@ -16,8 +17,8 @@ Condition = dict[str, Tensor]
 class DiffusionModel(nn.Module, ABC):
     """A conditional diffusion model: all that training, sampling, comparison and bundles need to know of one.
 
-    A subclass sets the attributes below and defines `encode_pixels`, `encode_condition`, `null`, `denoise`, `decode`,
-    `config`, `tiny`.
+    A subclass sets the attributes below and defines `encode_pixels` (or `posterior`), `encode_condition`, `null`,
+    `denoise`, `decode`, `config`, `tiny`.
     """
 
     network_name: ClassVar[str] = "unet"
@@ -54,12 +55,33 @@ class DiffusionModel(nn.Module, ABC):
         return self
 
     def encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition]:
-        """A batch of data as (x_0 (B, *shape), condition). Pixels come as "pixels" (B, C, H, W) in [0, 1]."""
+        """A batch of data as (x_0 (B, *shape), condition). Pixels come as "pixels" (B, C, H, W) in [0, 1].
+
+        Of samples that were encoded before, it is {"posterior": `posterior`'s, "condition": `encode_condition`'s}.
+        """
+        if "posterior" in batch:
+            return self.draw(batch["posterior"]), dict(batch["condition"])
         return self.encode_pixels(batch["pixels"]), self.encode_condition(batch)
 
-    @abstractmethod
     def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, C, H, W) in [0, 1] as x_0 (B, *shape)."""
+        """Pixels (B, C, H, W) in [0, 1] as x_0 (B, *shape): while training a draw from the `posterior`, where there is
+        one, otherwise its mean."""
+        return self.draw(self.posterior(pixels))
+
+    def posterior(self, pixels: Tensor) -> Tensor:
+        """All that must be kept of pixels to `draw` x_0 time and again: x_0 itself, or, where an autoencoder is unsure,
+        its mean and deviation (B, 2C, ...) in x_0's units. A subclass defines this or `encode_pixels`."""
+        return self.encode_pixels(pixels)
+
+    def draw(self, posterior: Tensor) -> Tensor:
+        """x_0 (B, *shape) of a `posterior`, whose normal noise is drawn anew while training."""
+        if posterior.shape[1] == self.shape[0]:
+            return posterior
+        mean, deviation = posterior.contiguous().chunk(2, 1)
+        if not self.training:
+            return mean
+        # randn_like would draw otherwise for another layout in memory, which a cache does not keep
+        return mean + deviation * torch.randn(mean.shape, dtype=mean.dtype, device=mean.device)
 
     @abstractmethod
     def encode_condition(self, batch: Mapping[str, Any]) -> Condition:
@@ -133,8 +155,6 @@ class DiffusionModel(nn.Module, ABC):
     def read_condition(self, **values: str) -> dict[str, Any]:
         """A batch of one, to be encoded, from the command line's `--condition name=value`: "text" is a prompt, whole
         numbers are labels, the rest paths of pictures. ValueError for a name that the model does not have, or lacks."""
-        import torch
-
         from .pictures import read_picture
 
         known = set().union(*self.ladder)

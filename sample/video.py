@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from . import ldm
 from .checkpoint import choose_weights, read_checkpoint
 from .hub import locate
-from .latents import SLICE, to_latents, to_pixels
+from .latents import SLICE, to_pixels, to_posterior
 from .open_clip import encode_tokens, read_image_tower, tiny_tower
 from .pictures import read_picture
 from .published import factor, read_encoder, read_tokenizer, tiny_parts
@@ -115,11 +115,11 @@ def latent_size(vae: AutoencoderKL, network: VideoNetwork, resolution: Size) -> 
     return height // factor(vae), width // factor(vae)
 
 
-def encode_clips(vae: AutoencoderKL, pixels: Tensor, draw: bool = False) -> Tensor:
-    """Pixels (B, 3, F, H, W) in [0, 1] as scaled latents (B, 4, F, h, w), frame by frame."""
+def clip_posterior(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """Pixels (B, 3, F, H, W) in [0, 1] as mean and deviation (B, 8, F, h, w) of scaled latents, frame by frame."""
     parts = pixels.transpose(1, 2).flatten(0, 1).split(SLICE)
-    latents = torch.cat([to_latents(vae, part, draw) for part in parts])
-    return latents.unflatten(0, (len(pixels), -1)).transpose(1, 2)
+    posterior = torch.cat([to_posterior(vae, part) for part in parts])
+    return posterior.unflatten(0, (len(pixels), -1)).transpose(1, 2)
 
 
 def decode_clips(vae: AutoencoderKL, latents: Tensor) -> Tensor:

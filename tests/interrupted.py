@@ -16,6 +16,7 @@ from PIL import Image
 
 from priorguide.callbacks.comparison import PriorComparison
 from priorguide.callbacks.preemption import Preemption
+from priorguide.data.cache import Cache
 from priorguide.data.labelled import LabelledImages
 from priorguide.sample.loop import Sampler
 from priorguide.train.checkpoint import Checkpoint, newest_whole
@@ -60,6 +61,7 @@ def fit(
     every: int = 3,
     validate_every: int = 3,
     precision: Any = "32-true",
+    cache: Cache | None = None,
     **options: Any,
 ) -> FineTune:
     """Runs it in this process, or goes on from the folder's newest checkpoint."""
@@ -108,6 +110,7 @@ def fit(
         train_batch_size=batch_size,
         num_workers=workers,
         random_flip=True,
+        cache=cache,
     )
     newest = newest_whole(folder) if resume else None
     trainer.fit(tune, data, ckpt_path=newest and str(newest))

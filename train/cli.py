@@ -39,6 +39,11 @@ def parser() -> argparse.ArgumentParser:
     fit.epilog = f"{EPILOG} Exit status: 75 after a SIGTERM, saved; the same command with --ckpt_path last goes on."
     fit.add_argument("--options", action="store_true", help="every key there is, and what it means (takes a while)")
 
+    cache = add("cache", "encode a config's training data once, into the folder that its data.init_args.cache names")
+    cache.usage = "priorguide cache --config FILE [--KEY VALUE ...]"
+    cache.add_argument("--config", metavar="FILE", help="as for fit, which would encode what is missing too")
+    cache.add_argument("--KEY", metavar="VALUE", help="any key, e.g. --data.init_args.cache.folder FOLDER")
+
     compare = add("compare", "compare priors over scales with a run's checkpoint, and decide")
     compare.add_argument("run", help="the folder of a fit")
     text = "default: checkpoints/last.ckpt; of several, every candidate is compared with every one's weights"
@@ -116,9 +121,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Exit status: 0 done, 1 it failed, 2 it was asked wrongly."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["fit"] and not {*arguments[1:]} <= {"-h", "--help"}:
-        return _guarded(lambda: _fit(arguments[1:]))
-    if arguments == ["fit"]:
+    if arguments[:1] in (["fit"], ["cache"]) and not {*arguments[1:]} <= {"-h", "--help"}:
+        return _guarded(lambda: (_fit if arguments[0] == "fit" else _cache)(arguments[1:]))
+    if arguments in (["fit"], ["cache"]):
         arguments.append("--help")
     args = parser().parse_args(arguments)
     return _guarded(lambda: _run(args))
@@ -140,6 +145,14 @@ def _fit(arguments: list[str]) -> int:
     if where := finish():
         print(where)
     return status
+
+
+def _cache(arguments: list[str]) -> int:
+    _need("lightning", "cache")
+    from .caching import cache
+
+    cache(arguments)
+    return 0
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ from ..sample.model import Condition, DiffusionModel
 from ..sample.noise import DiscretePath, add_noise, data_scale, like, weights
 from .adapters import Lora, add_adapter
 from .bad_steps import Usual, check_loss, check_network, leave_out_if_bad
+from .caching import Encoders, fill
 from .combinations import check_combination
 from .objective import (
     Density,
@@ -112,6 +113,7 @@ class FineTune(L.LightningModule):
         self.max_bad_steps, self.bad_steps = max_bad_steps, 0
         self._mean: RunningMean | None = None
         self.max_gradient_growth, self.usual = max_gradient_growth, Usual()
+        self.encoders: Encoders | None = None  # off the model while it trains on encoded samples
         self.random: dict[str, Tensor] | None = None  # this process's generators, as the last training step left them
         self.learning_rate, self.lr_multipliers = learning_rate, lr_multipliers or {}
         self.weight_decay, self.betas, self.use_8bit_adam = weight_decay, betas, use_8bit_adam
@@ -128,8 +130,8 @@ class FineTune(L.LightningModule):
         return self
 
     def setup(self, stage: str) -> None:
-        """ValueError where settings do not go together, or the data has more classes than the model: on a GPU a label
-        too many ends in a crash."""
+        """Fills the data's cache, if it has one. ValueError where settings do not go together, or the data has more
+        classes than the model: on a GPU a label too many ends in a crash."""
         shared = isinstance(self.trainer.strategy, ModelParallelStrategy)
         few_bits = self.lora is not None and self.lora.base_bits is not None
         check_combination(str(self.trainer.precision), shared, self.use_8bit_adam, few_bits, self.compile_network)
@@ -137,6 +139,10 @@ class FineTune(L.LightningModule):
         rows = getattr(self.model, "num_classes", 0)
         if rows and classes > rows and "label" in self.model.ladder[-1]:
             raise ValueError(f"the data has {classes} classes, the model takes labels in [0, {rows})")
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if stage == "fit" and getattr(data, "cache", None) is not None:
+            self.encoders = self.encoders or Encoders(self.model)
+            fill(self, data, self.encoders)
         if self.compile_network and stage == "fit":
             self.model.network.compile()  # in place: its tensors keep their names
 
@@ -175,7 +181,8 @@ class FineTune(L.LightningModule):
                 u = torch.rand(len(x_0), device=x_0.device)
                 condition = drop(condition, self.model.null(condition), self.table, u)
         t = self.model.path.draw(draw_uniform(self.density, len(x_0), x_0.device))
-        loss = self.loss(x_0, condition, torch.randn_like(x_0), t).mean()
+        eps = torch.randn(x_0.shape, dtype=x_0.dtype, device=x_0.device)  # whatever the layout of x_0
+        loss = self.loss(x_0, condition, eps, t).mean()
         self.random = random_state(self.device)
         self.log("train/loss", loss, prog_bar=True)  # of this process's micro-batch: no step waits for the others
         return loss
@@ -228,13 +235,14 @@ class FineTune(L.LightningModule):
 
     @contextmanager
     def averaged(self) -> Iterator[DiffusionModel]:
-        """The model with its averaged network in place, in eval mode; no weight moves."""
+        """The model with its averaged network in place, in eval mode, and with all its encoders; no weight moves."""
         live = self.model.network
         self.model.network = live if self.average is None else self.average
         modes = {module: module.training for module in self.model.network.modules()}
         self.model.network.eval()
         try:
-            with uncompiled() if self.compile_network else nullcontext():
+            at_hand = self.encoders.at_hand(self.device) if self.encoders else nullcontext()
+            with at_hand, uncompiled() if self.compile_network else nullcontext():
                 yield self.model
         finally:
             for module, mode in modes.items():

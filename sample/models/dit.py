@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import choose_weights, read_checkpoint, read_folder
 from ..hub import locate
-from ..latents import latent_space, read_autoencoder, to_latents, to_pixels
+from ..latents import latent_space, read_autoencoder, to_pixels, to_posterior
 from ..model import Condition, DiffusionModel, check_labels, plain_config
 from ..noise import DiscretePath
 from .dit_diffusers import network_from_diffusers, network_to_diffusers
@@ -184,12 +184,12 @@ class DiT(DiffusionModel):
     def config(self) -> dict[str, Any]:
         return {"space": self.space}
 
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Latents are drawn from the autoencoder's posterior while training, and are its mode otherwise."""
-        x_0 = pixels * 2 - 1 if self._in_pixels() else to_latents(self.vae, pixels, draw=self.training)
-        if x_0.shape[1:] != self.shape:
-            raise ValueError(f"the pictures make x_0 of shape {tuple(x_0.shape[1:])}, the network takes {self.shape}")
-        return x_0
+    def posterior(self, pixels: Tensor) -> Tensor:
+        posterior = pixels * 2 - 1 if self._in_pixels() else to_posterior(self.vae, pixels)
+        made = (self.shape[0], *posterior.shape[2:]) if self.vae else tuple(posterior.shape[1:])
+        if made != self.shape:
+            raise ValueError(f"the pictures make x_0 of shape {made}, the network takes {self.shape}")
+        return posterior
 
     def encode_condition(self, batch: Mapping[str, Any]) -> Condition:
         return {name: check_labels(batch[name], self.num_classes) for name in self.ladder[0]}

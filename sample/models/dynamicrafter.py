@@ -221,10 +221,9 @@ class DynamiCrafter(DiffusionModel):
             "space": self.space,
         }
 
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Clips (B, 3, F, H, W) in [0, 1]. Latents are drawn from the autoencoder's posterior while training, and are
-        its mode otherwise."""
-        return video.encode_clips(needed(self.vae), pixels, draw=self.training)
+    def posterior(self, pixels: Tensor) -> Tensor:
+        """Of clips (B, 3, F, H, W) in [0, 1]."""
+        return video.clip_posterior(needed(self.vae), pixels)
 
     def encode_condition(self, batch: Mapping[str, Any]) -> Condition:
         """ "image": the picture, pixels (B, 3, H, W) in [0, 1], for interpolation with "last", or its tokens (B, M, D')

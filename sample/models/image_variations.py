@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from ..clip_image import embed_pictures, read_image_parts, recognise, tiny_image_parts
-from ..latents import to_latents, to_pixels
+from ..latents import to_pixels, to_posterior
 from ..model import Condition, DiffusionModel
 from ..noise import DiscretePath
 from ..pictures import cover, read_picture
@@ -78,9 +78,8 @@ class ImageVariations(DiffusionModel):
     def config(self) -> dict[str, Any]:
         return {"sample_size": self.shape[1], "space": self.space}
 
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Latents are drawn from the autoencoder's posterior while training, and are its mode otherwise."""
-        return to_latents(needed(self.vae), pixels, draw=self.training)
+    def posterior(self, pixels: Tensor) -> Tensor:
+        return to_posterior(needed(self.vae), pixels)
 
     def encode_condition(self, batch: Mapping[str, Any]) -> Condition:
         """ "clip": embeddings (B, D), as they are; else "image": the pictures, pixels (B, 3, H, W) in [0, 1]."""

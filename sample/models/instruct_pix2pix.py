@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
 from .. import ldm
-from ..latents import to_latents, to_pixels
+from ..latents import to_latents, to_pixels, to_posterior
 from ..model import Condition, DiffusionModel, plain_config
 from ..noise import DiscretePath, Prediction
 from ..pictures import cover
@@ -121,9 +121,8 @@ class InstructPix2Pix(DiffusionModel):
     def config(self) -> dict[str, Any]:
         return {"prediction": self.prediction, "sample_size": self.shape[1], "space": self.space}
 
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Latents are drawn from the autoencoder's posterior while training, and are its mode otherwise."""
-        return to_latents(needed(self.vae), pixels, draw=self.training)
+    def posterior(self, pixels: Tensor) -> Tensor:
+        return to_posterior(needed(self.vae), pixels)
 
     def encode_condition(self, batch: Mapping[str, Any]) -> Condition:
         """ "image": pixels (B, 3, R, R) in [0, 1], or latents (B, 4, h, w); "text": prompts, token ids, or contexts."""

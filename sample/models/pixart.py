@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, PixArtTransformer2DModel
 from torch import Tensor, nn
 
 from ..hub import locate
-from ..latents import read_autoencoder, to_latents, to_pixels
+from ..latents import read_autoencoder, to_pixels, to_posterior
 from ..model import Condition, DiffusionModel
 from ..noise import DiscretePath
 from ..published import space_of
@@ -143,9 +143,8 @@ class PixArt(DiffusionModel):
     def config(self) -> dict[str, Any]:
         return {"space": self.space}
 
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Latents are drawn from the autoencoder's posterior while training, and are its mode otherwise."""
-        return to_latents(self._autoencoder(), pixels, draw=self.training)
+    def posterior(self, pixels: Tensor) -> Tensor:
+        return to_posterior(self._autoencoder(), pixels)
 
     def encode_condition(self, batch: Mapping[str, Any]) -> Condition:
         """The parts as `encode_captions` makes them. ValueError for captions as strings, or for other shapes."""

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from .. import ldm
-from ..latents import to_latents, to_pixels
+from ..latents import to_pixels, to_posterior
 from ..model import Condition, DiffusionModel
 from ..noise import DiscretePath, Prediction
 from ..published import fits, latent_side, needed, read_parts, space_of, tiny_parts
@@ -102,9 +102,8 @@ class StableDiffusion(DiffusionModel):
     def config(self) -> dict[str, Any]:
         return {"prediction": self.prediction, "sample_size": self.shape[1], "space": self.space}
 
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Latents are drawn from the autoencoder's posterior while training, and are its mode otherwise."""
-        return to_latents(needed(self.vae), pixels, draw=self.training)
+    def posterior(self, pixels: Tensor) -> Tensor:
+        return to_posterior(needed(self.vae), pixels)
 
     def encode_condition(self, batch: Mapping[str, Any]) -> Condition:
         """ "text": prompts, token ids (B, N), or contexts (B, N, D)."""

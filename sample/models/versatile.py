@@ -15,7 +15,7 @@ from .. import versatile_layouts as layouts
 from ..checkpoint import choose_weights, read_checkpoint
 from ..clip_image import MEAN, STD
 from ..hub import locate
-from ..latents import latent_space, to_latents, to_pixels
+from ..latents import latent_space, to_pixels, to_posterior
 from ..model import Condition, DiffusionModel
 from ..noise import DiscretePath, Prediction
 from ..published import check_schedule, fits, latent_side, needed, read_tokenizer, space_of, tiny_parts, tiny_unet
@@ -195,9 +195,8 @@ class VersatileDiffusion(DiffusionModel):
             "space": self.space,
         }
 
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Latents are drawn from the autoencoder's posterior while training, and are its mode otherwise."""
-        return to_latents(needed(self.vae), pixels, draw=self.training)
+    def posterior(self, pixels: Tensor) -> Tensor:
+        return to_posterior(needed(self.vae), pixels)
 
     def encode_condition(self, batch: Mapping[str, Any]) -> Condition:
         """ "image": pixels (B, 3 or 1, H, W) in [0, 1], of any size, or contexts (B, N, D); where there is none it is

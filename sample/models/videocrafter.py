@@ -136,10 +136,9 @@ class VideoCrafter(DiffusionModel):
     def config(self) -> dict[str, Any]:
         return {"least_scale": self.least_scale, "sample_size": list(self.shape[2:]), "space": self.space}
 
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Clips (B, 3, F, H, W) in [0, 1]. Latents are drawn from the autoencoder's posterior while training, and are
-        its mode otherwise."""
-        return video.encode_clips(needed(self.vae), pixels, draw=self.training)
+    def posterior(self, pixels: Tensor) -> Tensor:
+        """Of clips (B, 3, F, H, W) in [0, 1]."""
+        return video.clip_posterior(needed(self.vae), pixels)
 
     def encode_condition(self, batch: Mapping[str, Any]) -> Condition:
         """ "text": prompts, token ids (B, N), or contexts (B, N, D); "fps" (B,), 16 where there is none."""

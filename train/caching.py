@@ -1,0 +1,175 @@
+"""Encoding the training samples once: into the folder of `data.init_args.cache`, by all processes, each its share."""
+
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path as File
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from ..callbacks.records import write_whole
+from ..data.cache import MANIFEST, SHARD_ROWS, Encoded, differences, is_whole, read_manifest, shard_path, write_shard
+from ..data.fingerprint import fingerprint
+from ..data.loading import PictureData
+from ..sample.model import DiffusionModel
+from .errors import UsageError
+
+FORMAT = 1
+"""Goes up whenever the same model would encode the same data otherwise."""
+
+
+class Encoders:
+    """A model's frozen modules, autoencoder and the like, which training on encoded samples does not need.
+
+    They are taken off the model at once. `at_hand` puts them back on it and on a device, for validation, comparisons
+    and encoding; afterwards the weights lie where they were loaded, which is their own file, mapped, as a rule.
+    """
+
+    def __init__(self, model: DiffusionModel):
+        self.model, self.here = model, False
+        self.modules = {name: module for name, module in model.named_children() if module is not model.network}
+        for name in self.modules:
+            setattr(model, name, None)
+
+    @contextmanager
+    def at_hand(self, device: torch.device) -> Iterator[None]:
+        if self.here:
+            yield
+            return
+        parts = [part for module in self.modules.values() for part in module.modules()]
+        homes = [({**part._parameters}, {**part._buffers}) for part in parts]
+        weights = [(p, p.data) for own, _ in homes for p in own.values() if p is not None]
+        try:
+            self.here = True
+            for name, module in self.modules.items():
+                setattr(self.model, name, module.to(device))
+            yield
+        finally:
+            for weight, home in weights:
+                weight.data = home
+            for part, (_, buffers) in zip(parts, homes, strict=True):
+                part._buffers.update(buffers)
+            for name in self.modules:
+                setattr(self.model, name, None)
+            self.here = False
+
+
+def fill(module: L.LightningModule, data: PictureData, encoders: Encoders) -> None:
+    """Encodes what the data's cache lacks; nothing at random is drawn from the run's generators.
+
+    ValueError where the folder holds samples of other data, encoders or settings, or is not the same for all processes.
+    """
+    assert data.cache is not None
+    trainer, folder, encoded = module.trainer, File(data.cache.folder), data.encoded()
+    missing: list[int] = []
+    if trainer.is_global_zero:
+        _claim(folder, made_from(encoders, data, str(trainer.precision)))
+        missing = encoded.missing()
+    missing = trainer.strategy.broadcast(missing)
+    if not missing:
+        return
+    count, start = sum(len(encoded.shards[number]) for number in missing), time.perf_counter()
+    if trainer.is_global_zero:
+        print(f"cache: encoding {count} of {sum(map(len, encoded.shards))} training samples into {folder}", flush=True)
+    device = trainer.strategy.root_device
+    with isolate_rng(), encoders.at_hand(device), trainer.precision_plugin.forward_context():
+        _encode(encoders.model, data, encoded, missing[trainer.global_rank :: trainer.world_size], device)
+    trainer.strategy.barrier()
+    if lost := [number for number in missing if not is_whole(shard_path(folder, number), len(encoded.shards[number]))]:
+        raise ValueError(f"{shard_path(folder, lost[0])} is missing: cache.folder must be one folder for all machines")
+    if trainer.is_global_zero:
+        print(f"cache: encoded {count} training samples in {time.perf_counter() - start:.0f} s", flush=True)
+
+
+@torch.no_grad()
+def _encode(model: DiffusionModel, data: PictureData, encoded: Encoded, numbers: list[int], device: Any) -> None:
+    size, training = data.train_batch_size, model.training
+    batches = [
+        (number, keys[start : start + size])
+        for number in numbers
+        for keys in [encoded.shards[number]]
+        for start in range(0, len(keys), size)
+    ]
+    model.training = False  # whoever draws in `encode_pixels` takes the mean
+    try:
+        parts: list[dict[str, Tensor]] = []
+        for (number, keys), batch in zip(batches, data.to_encode([keys for _, keys in batches]), strict=True):
+            if isinstance(batch, Exception):
+                raise batch
+            batch = move_data_to_device(batch, device)
+            samples = {"posterior": model.posterior(batch["pixels"]), **model.encode_condition(batch)}
+            parts.append({name: part.expand(len(keys), *part.shape[1:]).cpu() for name, part in samples.items()})
+            if sum(len(part["posterior"]) for part in parts) == len(encoded.shards[number]):
+                whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+                write_shard(shard_path(encoded.folder, number), whole)
+                parts = []
+    finally:
+        model.training = training
+
+
+def made_from(encoders: Encoders, data: PictureData, precision: str) -> dict[str, Any]:
+    """All that the encoded samples follow from, for the manifest."""
+    assert data.cache is not None
+    name: Callable[[Any], str] = lambda f: name(f.func) if isinstance(f, functools.partial) else f.__qualname__  # noqa: E731
+    digest, settings = fingerprint(SimpleNamespace(pictures=data.training()[0], transform=name(data.transform)))
+    return {
+        "format": FORMAT,
+        "rows": len(data.splits.train),
+        "variants": data.cache.variants,
+        "shard_rows": SHARD_ROWS,
+        "precision": precision,
+        "data": digest,
+        "encoders": _weights(encoders),
+        "model": {"class": type(encoders.model).__name__, **encoders.model.config()},
+        "settings": settings,
+    }
+
+
+def _weights(encoders: Encoders) -> str:
+    digest, tokenizer = hashlib.sha256(), getattr(encoders.model, "tokenizer", None)
+    for part, module in sorted(encoders.modules.items()):
+        for name, weight in sorted(module.state_dict().items()):
+            digest.update(f"{part}.{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    if tokenizer is not None:
+        words = sorted(tokenizer.get_vocab().items())
+        digest.update(repr((words, tokenizer.model_max_length, tokenizer.pad_token)).encode())
+    return digest.hexdigest()
+
+
+def _claim(folder: File, made: dict[str, Any]) -> None:
+    """Makes the folder this cache's, or finds that it is. ValueError says what is otherwise."""
+    made = json.loads(json.dumps(made))
+    held = read_manifest(folder)
+    if held is None:
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"cache.folder must be new, empty or a cache, {folder} holds other files")
+        write_whole(folder / MANIFEST, json.dumps(made, indent=2, sort_keys=True) + "\n")
+    elif changed := differences(held, made):
+        raise ValueError(
+            f"{folder} was encoded from something else ({'; '.join(changed)}): choose another cache.folder, or delete "
+            "this one to encode anew"
+        )
+
+
+def cache(args: list[str]) -> None:
+    """Fills the cache of a config, as `priorguide fit` with the same arguments would before its first step."""
+    from .fit import build
+
+    cli = build(args, run=False)
+    data, trainer = cli.datamodule, cli.trainer
+    if not isinstance(data, PictureData) or data.cache is None:
+        raise UsageError("the config names no cache: add --data.init_args.cache.folder FOLDER")
+    trainer.callbacks, trainer.loggers = [], []  # type: ignore[attr-defined]
+    trainer.fit_loop.epoch_loop.max_steps = 0
+    trainer.fit(cli.model, datamodule=data)
+    print(f"cache: {data.cache.folder} is whole, {len(data.encoded())} rows x {data.cache.variants}")

@@ -23,7 +23,7 @@ from .guidance import Guidance
 from .hub import SAFE, locate
 from .kept import plain, same_tensors, save_adapted, save_network, save_prior
 from .loop import Sampler, trajectories
-from .machine import device_name, environment, threads_of
+from .machine import as_written, device_name, environment, threads_of
 from .manifest import FORMAT_VERSION, NULL, RECORDED, BundleError, canonical, new_folder, refusing, seal, verify
 from .model import Condition, DiffusionModel
 from .recipe import check_timesteps, guidance_to_json, load_guidance, load_sampler, load_scheduler, timesteps_of
@@ -180,20 +180,20 @@ class Bundle:
         return folder
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> "Bundle":
+    def load(
+        cls, folder: str | os.PathLike[str], device: str | torch.device = "cpu", *, compile: bool = False
+    ) -> "Bundle":
         """Verifies the folder, then loads it; BundleError, in one sentence, for anything but what `save` wrote.
 
-        Model classes are found by name in `sample.models` alone.
+        Model classes are found by name in `sample.models` alone. compile: torch.compile of the networks when they first
+        run, for many batches of one shape: pictures follow from seeds as ever, and are `replay`ed as written.
         """
         folder = File(folder)
         manifest = verify(folder)
         with refusing(folder):
             model = components.load_model(folder, manifest["model"], "model")
-            prior = (
-                components.load_prior(folder, manifest["prior"], model, manifest["model"])
-                if manifest["prior"]
-                else None
-            )
+            described = manifest["prior"]
+            prior = components.load_prior(folder, described, model, manifest["model"]) if described else None
             apart = prior.model if prior and prior.model is not model else None
             nulls = components.nulls_of(model, apart)
             if not same_tensors(load_file(folder / NULL), nulls) or manifest["null"] != components.sizes_of(nulls):
@@ -211,6 +211,8 @@ class Bundle:
         for name, network in (("model", model), *([("prior", apart)] if apart else [])):
             network.licence = licences.get(name)
             network.eval().to(device)
+            if compile:
+                network.network.compile()  # in place: its tensors keep their names
         return cls(model, guidance, sampler, scheduler, manifest, folder)
 
     @classmethod
@@ -220,13 +222,14 @@ class Bundle:
         *,
         revision: str | None = None,
         device: str | torch.device = "cpu",
+        compile: bool = False,
     ) -> "Bundle":
         """The bundle in a folder, or in a repository on the Hub ("owner/name", at `revision`), as `load` has it.
 
         BundleError as `load`; FileNotFoundError and PermissionError as `hub.locate`.
         """
         found = locate(os.fspath(pretrained_model_name_or_path), revision=revision, allow_patterns=SAFE)
-        return cls.load(found, device)
+        return cls.load(found, device, compile=compile)
 
     def sample(
         self,
@@ -267,7 +270,7 @@ class Bundle:
     def replay(self) -> Replay:
         """Samples the recorded batch again, with its own composition and thread count. ValueError if there is none."""
         then = self.recorded()
-        with refusing(self.folder), threads_of(then.threads):
+        with refusing(self.folder), threads_of(then.threads), as_written(self.model.network):
             pictures = self.sample(then.condition, then.seeds, max_batch=then.max_batch).cpu()
             difference = (pictures - then.pictures).abs().max().item()
         before = {**self.manifest["environment"], "device": then.device}

@@ -118,6 +118,8 @@ def load_companion(folder: File) -> Any:
             raise BundleError(f"{folder.name}/ must name a tokenizer of transformers, got {name!r}")
         return kind.from_pretrained(folder, local_files_only=True)
     config = json.loads((folder / "config.json").read_text())
+    if odd := {"transformers_weights", "quantization_config"} & config.keys():
+        raise BundleError(f"{folder.name}/config.json has {sorted(odd)}, which would take its weights from elsewhere")
     if "architectures" not in config:
         return restore(DiffusionModel.load_network(str(folder)), folder)
     name = (config["architectures"] or [None])[0]

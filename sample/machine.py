@@ -3,9 +3,10 @@
 import importlib.metadata
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+from torch import nn
 
 
 def device_name(device: torch.device) -> str:
@@ -15,7 +16,10 @@ def device_name(device: torch.device) -> str:
 
 def environment() -> dict[str, str]:
     """What pictures may depend on: versions, and the machine's kind."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "safetensors", "priorguide")}
+    versions = {
+        name: importlib.metadata.version(name)
+        for name in ("torch", "diffusers", "transformers", "safetensors", "priorguide")
+    }
     machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {**versions, "python": platform.python_version(), "machine": machine}
 
@@ -29,3 +33,9 @@ def threads_of(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def as_written(network: nn.Module) -> AbstractContextManager[object]:
+    """For a while no compiled code runs, where the network has been compiled: its last bits are others."""
+    compiled = network._compiled_call_impl is not None
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

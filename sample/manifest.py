@@ -6,6 +6,7 @@ The hashes find damage and mix-ups, not forgery: who can write the folder can al
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import textwrap
@@ -223,8 +224,19 @@ def _check_contents(file: File, name: str) -> None:
             with safe_open(file, "pt") as tensors:
                 tensors.keys()
         elif name.endswith(".json"):
-            json.loads(file.read_bytes().decode())
+            value = json.loads(file.read_bytes().decode())
+            if name.endswith(".index.json"):
+                _check_shards(value["weight_map"].values(), name)
         else:
             file.read_bytes().decode()
-    except (SafetensorError, ValueError, RecursionError) as error:
+    except (SafetensorError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, BundleError):
+            raise
         raise BundleError(f"{name!r} is not what its name says ({error})") from error
+
+
+def _check_shards(shards: Any, name: str) -> None:
+    """diffusers and transformers read the files that an index names, wherever they lie."""
+    for shard in shards:
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard):
+            raise BundleError(f"{name!r} takes weights from {shard!r}: they lie beside it, as safetensors")

@@ -2,16 +2,19 @@
 
 import io
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path as File
 from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor
 
 from .bundle import INDEX, Bundle
 from .components import NOT_FOR_ALL
 from .manifest import BESIDE, MANIFEST
+from .model import DiffusionModel
 from .pictures import to_pil
 
 LICENCES = {
@@ -27,6 +30,7 @@ PRIVATE = re.compile(
     r"|\b(?:hf_[A-Za-z0-9]{16,}|wandb_v\d_\w{16,}|(?:sk|rk|pk)-[\w-]{20,}|gh[opsur]_\w{16,}|(?:AKIA|ASIA)[A-Z0-9]{16})"
 )
 """What has no place on the Hub: paths of a machine, and keys."""
+SECRET = re.compile(r"(?:KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
 SHOWN = 8
 """Recorded pictures on the card, at most."""
 
@@ -72,11 +76,27 @@ def contents(folder: File, repository: str, *, restricted: bool = False) -> dict
         files["samples.png"] = strip(pictures[:SHOWN])
     files["README.md"] = card(bundle, repository).encode()
     for name, file in files.items():
-        if name.endswith(("README.md", "config.json", MANIFEST, INDEX)):
-            text = file.read_text() if isinstance(file, File) else file.decode()
-            if found := PRIVATE.search(text):
-                raise ValueError(f"{name} holds a path of this machine or a key ({found[0][:8]}...): export it without")
+        if found := _private(_told(name, file)):
+            raise ValueError(f"{name} holds a path of this machine or a key ({found[:8]}...): export it without")
     return files
+
+
+def _told(name: str, file: File | bytes) -> str:
+    """What a file says in words: the metadata alone of tensors, and nothing of vocabularies, which hold any text."""
+    if name.endswith(".safetensors"):
+        with safe_open(file, "pt") as tensors:
+            return json.dumps(tensors.metadata())
+    if name.endswith(("README.md", "config.json", MANIFEST, INDEX)):
+        return file.read_text() if isinstance(file, File) else file.decode()
+    return ""
+
+
+def _private(text: str) -> str | None:
+    """A path or a key in the text: by its form, or as the value of an environment variable called as keys are."""
+    if found := PRIVATE.search(text):
+        return found[0]
+    own = [value for name, value in os.environ.items() if SECRET.search(name) and len(value) >= 8]
+    return next((value for value in own if value in text), None)
 
 
 def strip(pixels: Tensor) -> bytes:
@@ -103,11 +123,14 @@ def card(bundle: Bundle, repository: str) -> str:
 def _metadata(bundle: Bundle) -> str:
     licence = (bundle.manifest["licences"] or {}).get("model")
     bases = sorted((bundle.manifest["provenance"] or {}).get("commits") or {})
+    known = LICENCES.get(licence or "")
     lines = [
         "---",
-        f"license: {LICENCES.get(licence or '', 'other')}",
+        f"license: {known or 'other'}",
+        *([] if known else [f"license_name: {json.dumps(licence or 'not known')}"]),
         f"library_name: {'diffusers' if INDEX in bundle.manifest['files'] else 'priorguide'}",
         *(["base_model:", *(f"- {base}" for base in bases)] if bases else []),
+        f"pipeline_tag: {_task(bundle.model)}",
         "tags:",
         *(f"- {tag}" for tag in ("priorguide", "diffusion", type(bundle.model).__name__.lower())),
         "---",
@@ -115,12 +138,26 @@ def _metadata(bundle: Bundle) -> str:
     return "\n".join(lines)
 
 
+def _task(model: DiffusionModel) -> str:
+    """The Hub's word for what the model does."""
+    given = model.ladder[-1] | model.always
+    made = "video" if len(model.shape) == 4 else "image"
+    taken = "image" if "image" in given else "text" if "text" in given else "unconditional"
+    return f"{taken}-to-{made}" if taken != "unconditional" else "unconditional-image-generation"
+
+
+def _named(model: DiffusionModel, an: str = "an", a: str = "a") -> str:
+    """Its class with an article."""
+    name = type(model).__name__
+    return f"{an if name[0] in 'AEIO' else a} {name}"
+
+
 def _about(bundle: Bundle) -> str:
     model, manifest = bundle.model, bundle.manifest
     if bundle.guidance is None or bundle.sampler is None:
-        return f"A {type(model).__name__}, without a recipe for guidance."
+        return f"{_named(model, 'An', 'A')}, without a recipe for guidance."
     scales, prior = ", ".join(f"{scale:g}" for scale in bundle.guidance.scales), bundle.guidance.prior
-    guided = "its own unconditional prediction" if prior is None else f"that of a {type(prior.model).__name__}"
+    guided = "its own unconditional prediction" if prior is None else f"that of {_named(prior.model)}"
     how = {
         "whole": "",
         "part": ", of which only what differs is stored",
@@ -133,7 +170,7 @@ def _about(bundle: Bundle) -> str:
         held += f", which moves the guided prediction by {change['mean_relative_rms']:.2g} of its size"
     sampler = bundle.sampler
     return (
-        f"A {type(model).__name__} for guidance by {guided}{held if prior else ''}; scale {scales}; "
+        f"{_named(model, 'An', 'A')} for guidance by {guided}{held if prior else ''}; scale {scales}; "
         f"{sampler.scheduler}, {sampler.steps} steps."
     )
 

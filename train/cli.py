@@ -88,18 +88,19 @@ def parser() -> argparse.ArgumentParser:
     about = "a module of yours that registers the bundle's model; repeatable"
     own = {"action": "append", "default": [], "metavar": "MODULE", "dest": "modules", "help": about}
     sample = add("sample", "sample pictures from a bundle")
-    sample.add_argument("bundle", help="the bundle's folder")
+    sample.add_argument("bundle", help="the bundle's folder, or owner/name[@revision] on the Hub")
     sample.add_argument("--condition", **given)  # type: ignore[arg-type]
     sample.add_argument("--recorded", action="store_true", help="the bundle's own recorded conditions instead")
     sample.add_argument("--seeds", default=None, help="e.g. 0:16 or 3,5,8 (default: 0:4)")
     sample.add_argument("--scale", default=None, help="in place of the bundle's, e.g. 3 or 1.5:7.5")
     sample.add_argument("--steps", type=int, default=None, help="in place of the bundle's")
     sample.add_argument("--device", default="cpu")
+    sample.add_argument("--compile", action="store_true", help="torch.compile, for many pictures: it takes a while")
     sample.add_argument("--import", **own)  # type: ignore[arg-type]
     sample.add_argument("--out", default="samples", help="a new folder for the PNG files")
 
     verify = add("verify", "recompute every hash of a bundle and replay its recorded batch")
-    verify.add_argument("bundle", help="the bundle's folder")
+    verify.add_argument("bundle", help="the bundle's folder, or owner/name[@revision] on the Hub")
     verify.add_argument("--device", default="cpu")
     verify.add_argument("--import", **own)  # type: ignore[arg-type]
     verify.add_argument("--hashes-only", action="store_true", help="leave the recorded batch unplayed")

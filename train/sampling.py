@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path as File
 
@@ -31,7 +32,7 @@ def sample(args: argparse.Namespace) -> int:
     if args.recorded and (args.condition or args.seeds):
         raise UsageError("--recorded brings its own conditions and seeds: leave --condition and --seeds out")
     given = parse_seeds(args.seeds or "0:4")
-    bundle = Bundle.load(args.bundle, device=args.device)
+    bundle = opened(args.bundle, args.device, args.compile)
     if bundle.guidance is None:
         raise ValueError(f"{args.bundle} holds a model without guidance; export a bundle from a run")
     if args.recorded:
@@ -47,6 +48,13 @@ def sample(args: argparse.Namespace) -> int:
         (folder / "asked.json").write_text(json.dumps({**asked, "seeds": seeds}, indent=1))
     print(f"{len(seeds)} pictures in {out}")
     return 0
+
+
+def opened(name: str, device: str, compile: bool = False) -> Bundle:
+    """The bundle in a folder, or on the Hub under owner/name or owner/name@revision."""
+    if File(name).exists() or not (parts := re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)):
+        return Bundle.load(name, device, compile=compile)
+    return Bundle.from_pretrained(parts[1], revision=parts[2], device=device, compile=compile)
 
 
 def read_condition(model: DiffusionModel, given: Sequence[str], class_names: Sequence[str] = ()) -> Condition:
@@ -99,7 +107,7 @@ def write_pictures(folder: File, pixels: Tensor, seeds: Sequence[int], lines: in
 
 def verify(args: argparse.Namespace) -> int:
     """Every hash, then the recorded batch; exit status 1 where a picture differs."""
-    bundle = Bundle.load(args.bundle, device=args.device)
+    bundle = opened(args.bundle, args.device)
     print(f"{args.bundle}: {len(bundle.manifest['files'])} files, every hash as recorded")
     if args.hashes_only or bundle.manifest["recorded"] is None:
         return 0

@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from functools import partialmethod
 
 import pytest
 import torch
@@ -175,6 +176,22 @@ def test_sample(saved):
     assert not calls  # scale 1 needs no prior
     with pytest.raises(ValueError, match="takes as many scales"):
         bundle.sample(make_condition(3), [7, 8, 9], scales=(1.0, 2.0))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_networks_make_the_pictures(saved, monkeypatch, backend):
+    """Those of the seeds again and again, and near those as written; the recorded ones are replayed as written."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
+    bundle, plain = Bundle.load(saved, compile=True), Bundle.load(saved)
+    assert bundle.replay().identical and not counters["stats"]["unique_graphs"]
+    pictures = bundle.sample(make_condition(3), [7, 8, 9])
+    assert counters["stats"]["unique_graphs"]
+    assert torch.equal(pictures, bundle.sample(make_condition(3), [7, 8, 9]))
+    torch.testing.assert_close(pictures, plain.sample(make_condition(3), [7, 8, 9]), atol=1e-4, rtol=0)
 
 
 def test_a_model_alone(tmp_path):
@@ -448,6 +465,15 @@ def test_a_pickle_in_disguise_is_refused_unread(copy, tmp_path):
     forge(copy)
     assert "is not what its name says" in refused(Bundle.load, copy)
     assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("shard", ["../../outside.safetensors", "/etc/x.safetensors", "a/b.safetensors", "x.bin", 3])
+def test_an_index_of_shards_that_leads_elsewhere_is_refused(copy, shard):
+    file = copy / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    file.write_text(json.dumps({"weight_map": {"conv_in.weight": shard}}))
+    forge(copy, list_file("unet/diffusion_pytorch_model.safetensors.index.json"))
+    forge(copy)
+    assert "takes weights from" in refused(Bundle.load, copy)
 
 
 def test_weights_and_nulls_must_be_the_models_own(copy, tmp_path):

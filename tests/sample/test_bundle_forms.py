@@ -27,6 +27,12 @@ from priorguide.sample.precision import PRECISIONS, at_precision, decode, encode
 
 SAMPLER = Sampler(steps=2)
 SYSTEMS = {name: model for name, model in models().items() if model.__module__.startswith("priorguide.")}
+PUBLISHED = {"DiT", "InstructPix2Pix", "Zero123", "VersatileDiffusion", "DynamiCrafter"}
+"""The systems that are fine-tuned; the others are priors and bases."""
+
+
+def test_the_five_systems_are_among_those_that_come_back():
+    assert SYSTEMS.keys() >= PUBLISHED
 
 
 def tiny(kind, seed=0):

@@ -22,13 +22,18 @@ from priorguide.sample.models.instruct_pix2pix import InstructPix2Pix
 from priorguide.sample.models.pixel import PixelUNet
 from priorguide.sample.models.stable_diffusion import StableDiffusion
 
-RUNS = ("pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "ctypes.dlopen")
+RUNS = (
+    *("pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "ctypes.dlopen"),
+    *("socket.connect", "socket.getaddrinfo"),
+)
+OUTSIDE = "outside-of-every-bundle"
+"""In the name of a file that no bundle may open."""
 seen: list[str] | None = None
 
 
 def _watch(event, args):
-    if seen is not None and event in RUNS:
-        seen.append(event)
+    if seen is not None and (event in RUNS or (event == "open" and OUTSIDE in str(args[0]))):
+        seen.append(f"{event} {args[:1]}")
 
 
 sys.addaudithook(_watch)  # for good: no hook can be taken back
@@ -205,6 +210,75 @@ def test_a_manifest_of_nonsense_is_caught(saved, tmp_path, watched, cases):
         assert caught(folder), f"{path} as {value!r} was taken"
         (folder / "priorguide.json").write_bytes(original)
     assert not watched
+
+
+@pytest.fixture(scope="module")
+def latent(tmp_path_factory):
+    """With an autoencoder, a text encoder, a tokenizer and an index: all that diffusers and transformers read."""
+    base = tiny(StableDiffusion)
+    model = InstructPix2Pix.from_base(base, resolution=16).eval()
+    return save(
+        tmp_path_factory.mktemp("latent") / "bundle", model, Guidance((1.5, 3.0), unconditional(base, onto=model))
+    )
+
+
+def test_an_encoder_takes_its_weights_from_its_own_folder(latent, tmp_path):
+    """safetensors opens files without Python's knowing, so that no watch would see it."""
+    folder = shutil.copytree(latent, tmp_path / "copy")
+    file = folder / "text_encoder" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"transformers_weights": "../../outside.safetensors"}))
+    forge(folder)
+    assert "would take its weights from elsewhere" in refused(Bundle.load, folder)
+
+
+LURES = ("transformers_weights", "auto_map", "quantization_config", "attn_implementation", "vocab_file", "weight_map")
+"""Keys by which one of the two libraries would read another file, or other code."""
+
+
+@pytest.mark.parametrize("cases", [20, pytest.param(400, marks=pytest.mark.slow)])
+def test_contents_of_nonsense_run_nothing_and_leave_no_folder(latent, tmp_path, watched, cases):
+    """With hashes that fit, which whoever writes the folder can see to: what loads, loads what lies in the folder; what
+    does not is refused with one sentence. A file beside the bundle, named in its JSON, is never opened."""
+    draw = random.Random(2)
+    (tmp_path / f"{OUTSIDE}.safetensors").write_bytes((latent / "null.safetensors").read_bytes())
+    (tmp_path / f"{OUTSIDE}.json").write_text("{}")
+    watched.clear()
+    outside = [f"../../{OUTSIDE}.safetensors", f"../../{OUTSIDE}.json", str(tmp_path / f"{OUTSIDE}.json")]
+    names = sorted(path.relative_to(latent).as_posix() for path in latent.rglob("*") if path.is_file())
+    told = [name for name in names if name.endswith(".json") and name != "priorguide.json"]
+    outcomes = []
+    for case in range(cases):
+        folder = shutil.copytree(latent, tmp_path / "copy")
+        if case % 2:
+            name = draw.choice(told)
+            value = json.loads((folder / name).read_text())
+            path = draw.choice([*places(value), *[(key,) for key in LURES] * 3])
+            inner = value
+            for key in path[:-1]:
+                inner = inner[key]
+            lure = draw.choice(outside)
+            inner[path[-1]] = draw.choice([lure, {"w": lure}, *NASTY, None, -1, [], f"{OUTSIDE}/kernels"])
+            (folder / name).write_bytes(canonical(value))
+        else:
+            name = draw.choice([name for name in names if name != "priorguide.json"])
+            file = folder / name
+            damage = draw.randrange(3)
+            if damage == 0:
+                flip(file, draw.randrange(file.stat().st_size), draw.randrange(8))
+            elif damage == 1:
+                os.truncate(file, draw.randrange(file.stat().st_size))
+            else:
+                file.write_bytes(disguised(draw))
+        forge(folder)
+        try:
+            Bundle.load(folder)
+            outcomes.append(True)
+        except BundleError as error:
+            assert "\n" not in str(error) and str(error).startswith(f"{folder} is refused: ")
+            outcomes.append(False)
+        assert not watched, f"{name}: {watched}"
+        shutil.rmtree(folder)
+    assert outcomes.count(False) > cases / 3
 
 
 def test_a_component_of_nonsense_is_refused(tmp_path, watched):

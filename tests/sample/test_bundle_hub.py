@@ -15,6 +15,7 @@ from priorguide.sample.kept import same_tensors, save_network
 from priorguide.sample.manifest import verify
 from priorguide.sample.models.pixel import PixelUNet
 from priorguide.sample.reference import Reference
+from priorguide.train.cli import main
 from priorguide.train.load import pretrained
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -61,6 +62,17 @@ def test_a_snapshot_of_the_hub_is_a_bundle(snapshot):
     assert Bundle.from_pretrained(snapshot).manifest == bundle.manifest
     with pytest.raises(FileNotFoundError, match="does not hold all of owner/other"):
         Bundle.from_pretrained("owner/other")
+
+
+def test_the_command_line_takes_a_name_on_the_hub(snapshot, tmp_path, capsys):
+    assert main(["verify", f"owner/name@{COMMIT}"]) == 0
+    assert "bit for bit the same" in capsys.readouterr().out
+    assert main(["sample", "owner/name", "--recorded", "--out", str(tmp_path / "out")]) == 0
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+    assert main(["verify", "owner/other"]) == 1
+    assert "does not hold all of owner/other" in capsys.readouterr().err
+    assert main(["verify", "runs/of/nothing"]) == 1
+    assert "runs/of/nothing is refused: there is no such folder" in capsys.readouterr().err
 
 
 def leads_to(target):

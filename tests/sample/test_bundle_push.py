@@ -9,15 +9,16 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_bundle import forge
-from test_bundle_forms import adapt, save, tiny
+from test_bundle_forms import SYSTEMS, adapt, save, tiny
 
 from priorguide.sample.bundle import Bundle, BundleError
 from priorguide.sample.candidates import with_network
 from priorguide.sample.guidance import Guidance, unconditional
 from priorguide.sample.models.instruct_pix2pix import InstructPix2Pix
 from priorguide.sample.models.pixel import PixelUNet
-from priorguide.sample.push import contents, push
+from priorguide.sample.push import card, contents, push
 from priorguide.train.cli import main
 
 METRICS = {"kid": {"value": 0.0123456, "error": 0.002}, "psnr": {"value": 13.2, "error": 0.1}}
@@ -75,7 +76,7 @@ def test_the_card(tmp_path):
     _, front, body = text.split("---\n", 2)
     about = yaml.safe_load(front)
     assert about["license"] == "mit" and about["base_model"] == ["owner/base"] and "priorguide" in about["tags"]
-    assert about["library_name"] == "priorguide"
+    assert about["library_name"] == "priorguide" and about["pipeline_tag"] == "image-to-image"
     for expected in (
         "# name\n",
         "![recorded samples](samples.png)",
@@ -128,6 +129,34 @@ def test_paths_and_keys_stay_here(tmp_path, private):
 def test_what_only_looks_like_a_path_goes_up(tmp_path, harmless):
     folder = guided(tmp_path / "bundle", provenance={"data": {"source": harmless}})
     assert contents(folder, "owner/name")
+
+
+def test_keys_are_known_by_their_values_and_in_tensors_metadata_too(tmp_path, monkeypatch):
+    folder = guided(tmp_path / "bundle", evidence={"note": "0123456789abcdef" * 2})
+    assert contents(folder, "owner/name")
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef" * 2)
+    with pytest.raises(ValueError, match="priorguide.json holds a path of this machine or a key"):
+        contents(folder, "owner/name")
+    monkeypatch.delenv("WANDB_API_KEY")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(weights), weights, {"format": "pt", "from": "/home/me/last.ckpt"})
+    forge(folder)
+    with pytest.raises(ValueError, match="unet/diffusion_pytorch_model.safetensors holds a path of this machine"):
+        contents(folder, "owner/name")
+
+
+@pytest.mark.parametrize("kind", SYSTEMS.values(), ids=SYSTEMS.keys())
+def test_every_system_has_a_card(kind, tmp_path):
+    text = card(Bundle.load(Bundle.save(tmp_path / "bundle", tiny(kind))), "owner/name")
+    about = yaml.safe_load(text.split("---\n", 2)[1])
+    assert about["license"] == "other" and about["license_name"] == "not known"
+    assert about["pipeline_tag"] in TASKS and re.search(r"^An? \w+, without", text, re.MULTILINE)
+    assert not re.search(r"\b[Aa] [AEIO]\w+, without|\b[Aa]n [^AEIO]", text)
+
+
+TASKS = {
+    "image-to-image", "image-to-video", "text-to-image", "text-to-video", "unconditional-image-generation"
+}  # fmt: skip
 
 
 def test_a_repository_of_something_else_and_a_damaged_bundle(tmp_path):

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from ..sample.candidates import Candidate, arms
 from ..sample.checkpoints import SIGN
-from ..sample.compare import compare, within_memory
+from ..sample.compare import compare, found_by_trying, within_memory
 from ..sample.evaluate import Drawn, Evaluation, costs_of, drawn_from, to_device
 from ..sample.guidance import Arm, Guidance, Prior
 from ..sample.health import Health, null_health
 from ..sample.loop import Sampler
+from ..sample.machine import device_name
 from ..sample.metrics import USUAL, check_metrics
 from ..sample.model import Condition, DiffusionModel
 from ..sample.parts import Parts
@@ -27,7 +28,7 @@ from ..sample.verdict import Rule
 from .judging import judged
 from .placement import Placement, Where, apart, buffers_to
 from .records import write_comparison
-from .shares import check_enough, chunks, encode, gather, moved, rows, share
+from .shares import check_enough, chunks, encode, gather, least, moved, rows, share
 from .showing import line
 from .together import Together
 from .wandb_log import log_comparison
@@ -48,7 +49,7 @@ class PriorComparison(L.Callback):
         num_conditions: held-out conditions; all ranks share them.
         num_pictures: how many of them are shown.
         num_reference: held-out real pictures, after the conditions', that distances are measured to.
-        batch_size: conditions at a time.
+        batch_size: conditions at a time; None finds by trying how many, and remembers it with the run (8 under FSDP).
         seed: the first condition's noise seed; the others count on.
         metric_network: features, and class logits if it has any, of pixels; none leaves those metrics out.
         clip: CLIP's towers, for similarities to texts and pictures.
@@ -73,7 +74,7 @@ class PriorComparison(L.Callback):
         num_conditions: int = 64,
         num_pictures: int = 16,
         num_reference: int = 1000,
-        batch_size: int = 64,
+        batch_size: int | None = 64,
         seed: int = 0,
         metric_network: nn.Module | None = None,
         clip: nn.Module | None = None,
@@ -103,6 +104,7 @@ class PriorComparison(L.Callback):
         check_metrics(self.metrics)
         self.has_target, self.max_overhead = has_target, max_overhead
         self.placement = Placement(prior_placement)
+        self.sizes: dict[str, int] = {}  # batch sizes as they were found, or halved, by device and number of arms
         self._bound: tuple[DiffusionModel, dict[str, Prior | None]] | None = None
         self.history: list[dict[str, Any]] = []
         self.skipped: list[int] = []
@@ -236,9 +238,10 @@ class PriorComparison(L.Callback):
                 x_0, few = model.encode({name: value[:4] for name, value in part.items()})
                 candidates = self.placement.in_few_bits(candidates, model, x_0, few, quiet=rank > 0)
             seeds = [self.seed + int(i) for i in mine]
+            key = f"{device_name(device)}, {len(candidates)} arms"
             if parts is not None:
                 parts.open(drawn_from(model, candidates, batch, seeds, self.sampler, device))
-                self.batch_size = parts.batch_size or self.batch_size
+                self.sizes |= {key: parts.batch_size} if parts.batch_size else {}
 
             def sample(size: int) -> tuple[Condition, dict[Arm, Tensor], Energies]:
                 condition, watch = encode(model, part, size), Energies()
@@ -246,15 +249,25 @@ class PriorComparison(L.Callback):
                 options["watch"] = watch if full else None
                 return condition, compare(model, condition, seeds, candidates, self.sampler, **options), watch
 
+            def try_out(size: int) -> None:
+                few = {name: rows(value, torch.arange(size)) for name, value in part.items()}
+                quick = replace(self.sampler, steps=min(2, self.sampler.steps))
+                compare(model, encode(model, few, size), seeds[:size], candidates, quick, batch_size=size)
+
+            size = self.sizes.get(key, self.batch_size)
+            if size is None and getattr(pl_module, "device_mesh", None) is not None:
+                size = 8  # processes that share a network's weights ask it equally often, and must not try
+            if size is None:
+                size = least(pl_module, found_by_trying(try_out, len(mine)), world)
             together = Together(pl_module.trainer) if world > 1 else None
             with together.until_all_are_done() if together else nullcontext():
                 tried = together.trying(sample, model.network) if together else sample
-                (condition, pictures, watch), self.batch_size = within_memory(tried, self.batch_size)
+                (condition, pictures, watch), self.sizes[key] = within_memory(tried, size)
             if world > 1:
                 pictures = gather(pl_module, pictures, n, world)
             if not all(images.isfinite().all() for images in pictures.values()):
                 raise ValueError("the pictures are no longer finite: lower the learning rate, or clip gradients")
-            costs = costs_of(model, condition, candidates, self.sampler, self.batch_size) if full else {}
+            costs = costs_of(model, condition, candidates, self.sampler, self.sizes[key]) if full else {}
             return Drawn(pictures, watch.means(), costs)
 
     def health(self, pl_module: L.LightningModule, data: Any, n: int) -> dict[str, Health]:
@@ -266,7 +279,7 @@ class PriorComparison(L.Callback):
                 condition = {name: torch.cat([part[name] for _, part in encoded]) for name in encoded[0][1]}
                 x_0 = torch.cat([clean for clean, _ in encoded])
                 plain = {name: prior for name, prior in priors.items() if prior is None or not prior.keep}
-                return null_health(model, plain, x_0, condition, batch_size=self.batch_size)
+                return null_health(model, plain, x_0, condition, batch_size=min(self.sizes.values(), default=16))
 
     @contextmanager
     def on_device(self, device: torch.device, whole: bool = True, quiet: bool = True) -> Iterator[None]:
@@ -283,10 +296,13 @@ class PriorComparison(L.Callback):
     # --- resume
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history, "skipped": self.skipped}
+        found = {"batch_sizes": self.sizes} if self.batch_size is None else {}
+        return {"history": self.history, "skipped": self.skipped, **found}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history, self.skipped, self._resumed = state_dict["history"], state_dict["skipped"], True
+        if self.batch_size is None:
+            self.sizes |= state_dict.get("batch_sizes", {})
 
 
 def _candidate(

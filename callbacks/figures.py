@@ -130,8 +130,8 @@ def too_far(record: Record) -> Html | None:
     )
 
 
-def health(record: Record) -> Html | None:
-    """How well each prior predicts held-out data without a condition: the sentences, then charts by noise level."""
+def health(record: Record, pictures: Html | None = None) -> Html | None:
+    """How well each prior predicts held-out data without a condition: sentences, charts by noise level, pictures."""
     found: Mapping[str, Any] = record.get("health") or {}
     sentences = [tag("li", entry["sentence"]) for entry in found.values() if entry.get("sentence")]
     own = next((entry for entry in found.values() if not any(entry["gap"])), None)
@@ -167,7 +167,7 @@ def health(record: Record) -> Html | None:
     )
     keys = legend({name: (order.get(name, NEUTRAL), 0) for name in others})
     div = tag("div", *figures, class_="charts")
-    return section("health", "Health of the unconditional", tag("p", text), tag("ul", *sentences), keys, div)
+    return section("health", "Health of the unconditional", tag("p", text), tag("ul", *sentences), keys, div, pictures)
 
 
 def over_scale(record: Record) -> Html | None:

@@ -69,6 +69,23 @@ def most_different(candidates: Sequence[Tensor]) -> list[int]:
     return deviation.argsort(descending=True, stable=True).tolist()
 
 
+def without_condition(pictures: Mapping[str, Any]) -> Html | None:
+    """What every prior draws by itself: "alone" {name: (n, 1 or 3, H, W) in [0, 1], or clips}, a row each."""
+    given = pictures.get("alone") or {}
+    if not given:
+        return None
+    count = len(next(iter(given.values())))
+    columns = {name: check_pictures(name, value, count).detach().float().cpu() for name, value in given.items()}
+    data, _ = encode(columns, range(count), rates(pictures, count), BUDGET // 7)
+    lines = []
+    for name, value in columns.items():
+        cells = [embedded(data[name, i], value, name, i, f"without a condition, {i + 1}") for i in range(count)]
+        lines.append(tag("tr", tag("th", name, scope="row", class_="text"), *(tag("td", cell) for cell in cells)))
+    caption = "What each prior draws by itself, without a condition: a column is one noise."
+    table = tag("div", tag("table", tag("tbody", *lines)), class_="pictures", style="max-width:38rem")
+    return scrolling(table, caption)
+
+
 Encoded = tuple[tuple[str, str], ...]
 """Ways to show one cell, each its type and the file in base64; the second of a clip is for those who want no motion."""
 

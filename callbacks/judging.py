@@ -1,13 +1,17 @@
-"""From what a comparison drew to its evaluation, by the comparison's metrics and networks."""
+"""From what a comparison drew to its evaluation, and what its priors draw by themselves."""
 
 from dataclasses import replace
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
 
 from ..sample.agreement import as_pictures, as_texts
-from ..sample.evaluate import Drawn, Evaluation, judge
+from ..sample.compare import compare
+from ..sample.evaluate import Drawn, Evaluation, judge, to_device
+from ..sample.guidance import Arm, Guidance
 from ..sample.saturation import saturation
 from ..sample.verdict import Rule
 
@@ -37,3 +41,23 @@ def judged(comparison: Any, drawn: Drawn, data: Any, device: torch.device, rule:
     real, energies = batch["pixels"], drawn.energies
     watched = {arm: saturation(images, real, energies[arm]) for arm, images in drawn.pictures.items() if energies}
     return replace(evaluation, saturation=watched)
+
+
+def unguided_pictures(comparison: Any, pl_module: L.LightningModule, data: Any, n: int) -> dict[str, Tensor]:
+    """What each prior draws by itself, its null prediction alone, from the comparison's first n noises: (n, C, H, W).
+
+    At scale 0 the guided prediction is p_0, whatever the ladder. Priors that see a part of the condition are left out.
+    """
+    with isolate_rng(), torch.no_grad(), pl_module.averaged() as model:  # type: ignore[operator]
+        scales = (0.0,) * len(model.ladder)
+        bound = comparison._bind(model)
+        alone: dict[Arm, Guidance] = {
+            (name, scales): Guidance(scales, bound[name], mix=candidate.mix)
+            for name, candidate in comparison.priors.items()
+            if not candidate.keep
+        }
+        with comparison.on_device(pl_module.device):
+            condition = model.encode_condition(to_device(data.held_out(n), pl_module.device))
+            seeds = [comparison.seed + i for i in range(n)]
+            drawn = compare(model, condition, seeds, alone, comparison.sampler, batch_size=n)
+    return {name: pictures for (name, _), pictures in drawn.items()}

@@ -17,6 +17,7 @@ button, .save { cursor: pointer; text-decoration: none; display: inline-block; }
 button:hover, .save:hover { border-color: var(--ink); }
 .axis { display: block; font-size: .875rem; margin-top: .4rem; }
 .axis input { width: 100%; min-height: 1.8rem; accent-color: var(--p0); }
+p.record { margin-top: .9rem; }
 .stage { position: relative; max-width: 32rem; overflow: hidden; border-radius: .3rem; }
 .stage img { display: block; width: 100%; height: auto; }
 .stage .over { position: absolute; inset: 0; height: 100%; }
@@ -50,7 +51,7 @@ SCRIPT = r"""
   const source = (image) => image.currentSrc || image.src;
   const about = (image) => image.alt.slice(image.dataset.name.length + 2);
   const listed = (images) => new Map(images.map((image) => [image.dataset.row + ' ' + image.dataset.name, image]));
-  const shown = listed(all(document, '.pictures img[data-row]'));
+  const shown = listed(all(document, '#pictures ~ .pictures img[data-row]'));
   const scaled = listed(all(document, '.strip img[data-row]'));
   const rows = [...new Set([...shown.values()].map((image) => image.dataset.row))];
   const put = (place, image, alt) => {

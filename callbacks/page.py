@@ -99,7 +99,7 @@ figure { margin: .6rem 0 0; min-width: 0; }
 .wide { overflow-x: auto; margin: .6rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .wide table { min-width: 100%; }
-.numbers th, .numbers td { padding: .42rem .6rem; text-align: right; border-bottom: 1px solid var(--rule);
+.numbers th, .numbers td { padding: .42rem .5rem; text-align: right; border-bottom: 1px solid var(--rule);
   white-space: nowrap; font-weight: 400; font-size: .92rem; }
 .numbers th:first-child, .numbers .words { text-align: left; }
 .numbers th:first-child { position: sticky; left: 0; background: var(--page); }

@@ -1,13 +1,15 @@
 """The comparison as one self-contained page."""
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from .cheaper import cheaper
 from .figures import at_matched_agreement, health, over_scale, over_training, section, too_far, tradeoff
-from .gallery import gallery
+from .gallery import gallery, without_condition
 from .live import SCRIPT, STYLE
 from .page import Html, document, join, tag
 from .quantities import duration, plain, scale_text
@@ -27,7 +29,8 @@ def write_report(path: str | Path, record: Record, pictures: Mapping[str, Any] |
     escaped.
     pictures: "condition", "target" (N, 1 or 3, H, W) or None, "candidates" {name: the same}, all in [0, 1], and
     "caption", N texts; clips (N, 1 or 3, F, H, W) likewise, with "fps" (N,). "arms" {(prior, scales): the
-    same} are shown by scale. The page appears whole or not at all.
+    same} are shown by scale, "alone" {prior: the same} beside the health of the priors.
+    The page appears whole or not at all.
     ValueError for pictures of other shapes.
     """
     path = Path(path)
@@ -51,7 +54,7 @@ def render(record: Record, pictures: Mapping[str, Any]) -> Html:
             at_matched_agreement(record),
             _best(record),
             _table(record),
-            health(record),
+            health(record, without_condition(pictures)),
             too_far(record),
             booth(record) if shown else None,
             section("pictures", "Side by side", slider(names), *shown, by_scale(pictures)),
@@ -67,7 +70,8 @@ def render(record: Record, pictures: Mapping[str, Any]) -> Html:
 
 def decision(record: Record) -> Html:
     """The verdict, at fewer evaluations, and what the team says, between marks, so that `with_decision` finds them."""
-    return join(Html(START), _verdict(record), cheaper(record), team(record), Html(END))
+    whole = _whole(record) if record.get("verdict") else None
+    return join(Html(START), _verdict(record), cheaper(record), team(record), whole, Html(END))
 
 
 def with_decision(page: str, record: Record) -> str:
@@ -155,12 +159,45 @@ def _how_measured(record: Record) -> Html | None:
     if record.get("bundle"):
         facts["bundle"] = record["bundle"]
     machine = {key.replace("_", " "): plain(value) for key, value in (record.get("environment") or {}).items()}
+    machine |= {"commit": record["commit"]} if record.get("commit") else {}
+    from_ = {entry["file"]: f"step {entry['step']}, {_short(entry)}" for entry in record.get("checkpoints") or ()}
+    from_ |= {f"{part.removesuffix('_sha256').replace('_', ' ')} pictures": _short({"sha256": digest})
+              for part, digest in (record.get("data") or {}).items()}  # fmt: skip
     lists = [
         join(
             tag("h3", title),
             tag("dl", *(part for key, text in pairs.items() for part in (tag("dt", key), tag("dd", text)))),
         )
-        for title, pairs in (("Sampling", facts), ("Environment", machine))
+        for title, pairs in (
+            ("Sampling", facts),
+            ("Candidates", _candidates(record)),
+            ("Checkpoints and data", from_),
+            ("Environment", machine),
+        )
         if pairs
     ]
     return section("measured", "How it was measured", *lists)
+
+
+def _short(entry: Record) -> str:
+    return f"SHA-256 {entry['sha256'][:12]}…"
+
+
+def _candidates(record: Record) -> dict[str, str]:
+    """Each candidate's scales, and those of its options that are in use."""
+    idle = ("candidate", "weights", "scales"), (("mix", 1.0), ("refresh", 1))
+    found = {}
+    for name, entry in (record.get("candidates") or {}).items():
+        used = {k: v for k, v in entry.items() if v and k not in idle[0] and (k, v) not in idle[1]}
+        scales = "; ".join(scale_text(scales) for scales in entry["scales"])
+        found[name] = "; ".join(
+            [f"scales {scales}", *(f"{key.replace('_', ' ')} {plain(v)}" for key, v in used.items())]
+        )
+    return found
+
+
+def _whole(record: Record) -> Html:
+    """The record itself, to keep."""
+    address = f"data:application/json,{quote(json.dumps(record))}"
+    link = tag("a", "Save the decision record", class_="save", download="record.json", href=address)
+    return tag("p", link, class_="record small")

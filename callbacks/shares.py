@@ -55,6 +55,14 @@ def gather(pl_module: L.LightningModule, pictures: dict[Arm, Tensor], n: int, wo
     return {arm: gathered[id(mine)] for arm, mine in pictures.items()}
 
 
+def least(pl_module: L.LightningModule, number: int, world: int) -> int:
+    """The least of all ranks' numbers."""
+    if world == 1:
+        return number
+    numbers: Any = pl_module.all_gather(torch.tensor(number, device=pl_module.device))
+    return int(numbers.min())
+
+
 @contextmanager
 def moved(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     """The modules on the device, and back where they were."""

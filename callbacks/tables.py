@@ -28,8 +28,9 @@ NEUTRAL = 5
 """The style of "none", the conditional prediction alone, in which no prior has a part."""
 COSTS = {
     "seconds_per_image": ("Time per image", duration),
-    "evaluations": ("Evaluations per image", plain),
+    "evaluations": ("Evaluations", plain),
     "extra_bytes": ("Extra memory", memory),
+    "peak_bytes": ("Peak memory", memory),
 }
 
 
@@ -95,7 +96,8 @@ def scrolling(table: Html, caption: str) -> Html:
 
 
 def numbers(record: Record, rows: Sequence[Record], caption: str, whole: bool = True) -> Html:
-    """The rows as a table with the best value of each column in bold. `whole`: with costs and with real pictures."""
+    """The rows as a table with the best value of each column in bold. `whole`: with costs (time and evaluations per
+    picture, memory of the prior and of a batch) and with real pictures."""
     keys = present(rows)
     costs = [name for name in COSTS if whole and any(row.get(name) is not None for row in rows)]
     best = {key: value for key in keys if (value := _best(rows, key)) is not None}

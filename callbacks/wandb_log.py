@@ -19,7 +19,12 @@ from .wandb_run import forgiving
 
 STEP = "compare/step"
 """The axis of everything that a comparison logs: the optimiser's steps."""
-COSTS = ("seconds_per_image", "evaluations", "extra_bytes")
+COSTS = ("seconds_per_image", "evaluations", "extra_bytes", "peak_bytes")
+DECISION = (
+    "verdict", "candidates", "checkpoints", "rows", "conditions", "reference", "sampling", "config", "commit", "data",
+    "environment", "seconds_comparing", "needed", "matched", "cheaper", "votes", "override",
+)  # fmt: skip
+"""What of a record is in the summary, as it is in the bundle and on the page."""
 UPLOAD_LIMIT = 2**28
 """Artifacts of more bytes than these stay where they are; W&B then has their paths and digests."""
 
@@ -98,10 +103,11 @@ def _log(run: Any, step: int, values: Mapping[str, Any]) -> None:
 
 
 def log_result(run: Any | None, record: Mapping[str, Any], page: File | None = None) -> None:
-    """A full comparison: the verdict in the summary, every prior and scale in the table result/scales, the page.
+    """A full comparison: verdict and decision record in the summary, all arms in the table result/scales, the page.
 
     record: as `priorguide compare` writes it. page: its index.html. Summary: verdict/prior, /scale, /sentence,
-    /confident, and for each prior at its chosen scale best/<prior>/scale, /<metric> and its costs.
+    /confident; for each prior at its chosen scale best/<prior>/scale, /<metric> and its costs, and where it was judged
+    /difference, /low, /high and /outcome; decision/<part>, the parts of the record that DECISION names, as JSON.
     """
     if run is None:
         return
@@ -133,6 +139,7 @@ def summary_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """What the summary says of a record; nothing but the step where there is no verdict."""
     verdict = record.get("verdict")
     summary: dict[str, Any] = {"verdict/step": record.get("step")}
+    summary |= {f"decision/{part}": json.dumps(record[part]) for part in DECISION if record.get(part) is not None}
     if not verdict:
         return summary
     for name in ("prior", "sentence", "confident", "decide_by", "conditions"):
@@ -144,6 +151,10 @@ def summary_of(record: Mapping[str, Any]) -> dict[str, Any]:
         summary[f"best/{prior}/scale"] = _scale(scales)
         summary |= {f"best/{prior}/{name}": estimate["value"] for name, estimate in row["metrics"].items()}
         summary |= {f"best/{prior}/{cost}": row[cost] for cost in COSTS if cost in row}
+    for entry in verdict["comparisons"]:
+        low, high = entry["interval"]
+        told = {"difference": entry["difference"], "low": low, "high": high, "outcome": entry["outcome"]}
+        summary |= {f"best/{entry['prior']}/{name}": value for name, value in told.items()}
     return summary
 
 

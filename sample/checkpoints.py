@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -50,16 +51,15 @@ def decide_over(arms: Mapping[Arm, Scores], reference: Tensor | Reference | None
         if scales[0] == 1 and theirs is not None and theirs != step:
             prior, scales = at(own, theirs), (OWN, *scales[1:])
         moved.setdefault((prior, scales), scores)
-    verdict = decide(moved, reference, rule)
-    return replace(
-        verdict,
-        scales=_plain(verdict.scales),
-        chosen={prior: _plain(scales) for prior, scales in verdict.chosen.items()},
-        comparisons=tuple(
-            replace(c, scales=_plain(c.scales), baseline_scales=_plain(c.baseline_scales)) for c in verdict.comparisons
-        ),
-    )
+    return _plain(decide(moved, reference, rule))
 
 
-def _plain(scales: Scales) -> Scales:
-    return tuple(1.0 if scale == OWN else scale for scale in scales)
+def _plain(value: Any) -> Any:
+    """The verdict with 1 in place of OWN, wherever scales are in it."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _plain(getattr(value, f.name)) for f in fields(value)})
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    return 1.0 if value == OWN and isinstance(value, float) else value

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from .guidance import Arm, Guidance
 from .loop import Sampler, trajectories
+from .memory import peak_of
 from .model import Condition, DiffusionModel
 from .parts import Part, Parts
-from .planning import evaluations
+from .planning import device_and_dtype, evaluations
 from .saturation import Energies, energy_ratio
 
 _T = TypeVar("_T")
@@ -21,11 +22,13 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Cost:
-    """What one arm costs: network evaluations and seconds per picture, and bytes held beyond the model's own."""
+    """What one arm costs: network evaluations and seconds per picture, bytes held beyond the model's own, and what one
+    batch takes at its peak beyond all weights."""
 
     evaluations: int
     seconds_per_image: float
     extra_bytes: int
+    peak_bytes: int | None = None
 
 
 def compare(
@@ -114,6 +117,31 @@ def within_memory(run: Callable[[int], _T], batch_size: int) -> tuple[_T, int]:
         warnings.warn(f"comparing ran out of memory and goes on with a batch_size of {batch_size}", stacklevel=2)
 
 
+def found_by_trying(run: Callable[[int], object], most: int, gain: float = 1.1) -> int:
+    """The batch size that run(batch size) is worth: doubled from 1 to `most` until memory runs out, or the time per
+    condition no longer falls by `gain`."""
+    best, pace, size = 1, float("inf"), 1
+    run(1)  # what happens once only
+    while True:
+        try:
+            seconds = []
+            for _ in range(2):
+                start = time.perf_counter()
+                run(size)
+                seconds.append(time.perf_counter() - start)
+        except torch.OutOfMemoryError:
+            break
+        if size > 1 and min(seconds) / size * gain > pace:
+            break
+        best, pace = size, min(seconds) / size
+        if size >= most:
+            break
+        size = min(2 * size, most)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return best
+
+
 def cost(
     model: DiffusionModel, condition: Condition, seeds: Sequence[int], guidance: Guidance, sampler: Sampler
 ) -> Cost:
@@ -130,13 +158,13 @@ def cost(
         if condition and next(iter(condition.values())).is_cuda:
             torch.cuda.synchronize()
 
-    run(2)
+    peak = peak_of(lambda: run(2), device_and_dtype(model)[0])
     start = time.perf_counter()
     run(sampler.steps)
     seconds = (time.perf_counter() - start) / len(seeds)
     prior = guidance.prior
     extra = 0 if prior is None or guidance.scales[0] == 1 else size_in_bytes(prior.model, beside=model)
-    return Cost(count, seconds, extra)
+    return Cost(count, seconds, extra, peak)
 
 
 def size_in_bytes(model: DiffusionModel, beside: DiffusionModel | None = None) -> int:

@@ -71,6 +71,7 @@ class Evaluation:
                     "seconds_per_image": spent.seconds_per_image,
                     "evaluations": spent.evaluations,
                     "extra_bytes": spent.extra_bytes,
+                    "peak_bytes": spent.peak_bytes,
                 }
             rows.setdefault((name, scales), row)
         return list(rows.values())

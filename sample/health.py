@@ -110,7 +110,8 @@ def in_words(name: str, health: Health, level: float = 1.96) -> str:
     """What a prior's health says of it, in one sentence."""
     value, error = health.excess.value, health.excess.error
     low, high = value - level * error, value + level * error
-    interval = f"{abs(value):.1%} (95 % interval {low:+.1%} to {high:+.1%})"
+    ends = sorted((abs(low), abs(high)))
+    interval = f"{100 * abs(value):.1f} % (95 % interval {100 * ends[0]:.1f} to {100 * ends[1]:.1f} %)"
     if not math.isfinite(value):
         return f"{name}: its null loss on held-out data is not finite."
     if low > 0:
@@ -120,4 +121,5 @@ def in_words(name: str, health: Health, level: float = 1.96) -> str:
         )
     if high < 0:
         return f"{name} predicts held-out data without a condition better than the model's own null by {interval}."
-    return f"{name} predicts held-out data without a condition as well as the model's own: {low:+.1%} to {high:+.1%}."
+    tie = f"{100 * low:+.1f} to {100 * high:+.1f} %"
+    return f"{name} predicts held-out data without a condition as well as the model's own: {tie}."

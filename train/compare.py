@@ -17,7 +17,7 @@ from ..callbacks.votes import told, with_override, with_votes
 from ..callbacks.wandb_log import log_result, scale_name
 from ..callbacks.wandb_run import follow_up
 from ..sample.checkpoint import read_checkpoint
-from ..sample.compare import compare
+from ..sample.compare import compare, within_memory
 from ..sample.evaluate import Evaluation
 from ..sample.manifest import new_folder
 from ..sample.parts import Parts
@@ -88,7 +88,10 @@ def compare_on(
     with cli.model.to(device).averaged() as model, callback.on_device(device):
         condition, each = crossed(read_condition(model, given, getattr(cli.datamodule, "class_names", ())), wanted)
         candidates = callback.candidates(model, scales)
-        pictures = compare(model, condition, each, candidates, callback.sampler, batch_size=callback.batch_size)
+        pictures, _ = within_memory(
+            lambda size: compare(model, condition, each, candidates, callback.sampler, batch_size=size),
+            callback.batch_size or len(each),
+        )
     titles = {candidate_text(*arm): images for arm, images in pictures.items()}
     with new_folder(folder) as aside:
         panel(None, titles, captions=[f"seed {seed}" for seed in each]).save(aside / "panel.png")

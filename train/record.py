@@ -21,12 +21,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+from torch import Tensor
 
 from ..callbacks.comparison import PriorComparison
 from ..callbacks.figures import distances
-from ..callbacks.judging import judged
+from ..callbacks.judging import judged, unguided_pictures
 from ..callbacks.quantities import AGREEMENTS, candidate_text, present
-from ..callbacks.records import shown
+from ..callbacks.records import shown, write_whole
 from ..sample import saturation
 from ..sample.candidates import Candidate
 from ..sample.checkpoints import at, parted
@@ -41,6 +42,12 @@ from .provenance import commit, portable, provenance
 
 WATCHED = "watched"
 """Where in a run's folder `priorguide compare --watch` leaves what it measured."""
+
+
+ALONE = 6
+"""Pictures that each prior draws without a condition."""
+SIZES = "batch_sizes.json"
+"""Where in a run's folder the batch sizes are that comparisons found by trying."""
 
 
 def comparison_of(cli: FitCLI) -> PriorComparison:
@@ -72,10 +79,14 @@ def full_comparison(
     fine_tune.to(cli.trainer.strategy.root_device)
     count, start, rule = conditions or callback.num_conditions, time.perf_counter(), callback.rule
     run = run or File(cli.trainer.default_root_dir)
+    sizes = run / SIZES
+    if callback.batch_size is None and sizes.is_file():
+        callback.sizes |= json.loads(sizes.read_text())
     files = list(checkpoints) or [last_checkpoint(run)]
     steps: list[int | None] = []
     drawn: Drawn | None = None
     health: dict[str, Any] = {}
+    alone: dict[str, Tensor] = {}
     entries: list[dict[str, Any]] = []
     with progress() as bar:
         if parts is not None:
@@ -91,10 +102,14 @@ def full_comparison(
                 bar.update(task, completed=done, total=total)
 
             one = callback.draw(fine_tune, data, count, scales=scales, full=True, on_step=advance, parts=parts)
+            if callback.batch_size is None:
+                write_whole(sizes, json.dumps(callback.sizes))
             one = one if step is None else one.at(step)
             drawn = one if drawn is None else drawn | one
             losses = bar.add_task("losses of the null", total=1)
             health |= health_of(callback, fine_tune, data, count, step)
+            for name, own in unguided_pictures(callback, fine_tune, data, min(ALONE, count)).items():
+                alone[name if step is None else at(name, step)] = own
             bar.update(losses, completed=1)
             steps.append(step)
             if step is not None and number + 1 == len(files):
@@ -117,6 +132,7 @@ def full_comparison(
             "scheduler": callback.sampler.scheduler,
             "steps": callback.sampler.steps,
             "eta": callback.sampler.eta,
+            "batch_size": min(callback.sizes.values()),
             **callback.sampler.options,
         },
         "candidates": candidates_of(callback, evaluation, steps),
@@ -144,6 +160,7 @@ def full_comparison(
         "fps": batch.get("fps"),
         "candidates": {candidate_text(*arm): images for arm, images in arms.items()},
         "arms": evaluation.pictures,
+        "alone": alone,
     }
     return record | read_off(record), pictures, evaluation
 

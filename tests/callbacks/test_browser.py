@@ -32,6 +32,7 @@ def address(tmp_path_factory) -> str:
     pictures["arms"] = {(p, (s,)): torch.rand(8, 3, 16, 16, generator=draw) for p, all_ in scales.items() for s in all_}
     for prior, scale in (("self", 1.5), ("base", 3.0)):
         pictures["arms"][prior, (scale,)] = pictures["candidates"][f"{prior}, scale {scale:g}"]
+    pictures["alone"] = {name: torch.rand(6, 3, 16, 16, generator=draw) for name in ("self", "base")}
     return write_report(tmp_path_factory.mktemp("page"), a_record(), pictures).as_uri()
 
 

@@ -14,6 +14,8 @@ from oracle import TwoRungs, assert_near, pixel_model
 from PIL import Image
 
 from priorguide.callbacks.comparison import PriorComparison
+from priorguide.callbacks.judging import unguided_pictures
+from priorguide.sample.compare import found_by_trying
 from priorguide.sample.loop import Sampler
 from priorguide.sample.models.pixel import PixelUNet
 from priorguide.sample.verdict import Rule
@@ -253,6 +255,64 @@ def test_the_full_comparison_times_and_decides():
     assert rows["base", 2.0]["extra_bytes"] > rows["self", 2.0]["extra_bytes"] == 0
     assert all(row["seconds_per_image"] > 0 for row in rows.values())
     assert steps == [(n, 12) for n in range(1, 13)]  # 4 batches of 3 steps
+
+
+def test_what_priors_draw_alone_does_not_hang_on_the_condition():
+    callback, tune, data = comparison(scales=[2.0]), tuning(), Pictures()
+    found = unguided_pictures(callback, tune, data, 3)
+    data.held_part = {**data.held_part, "image": 1 - data.held_part["image"], "label": 2 - data.held_part["label"]}
+    again = unguided_pictures(callback, tune, data, 3)
+    assert found.keys() == {"self", "base"} and found["self"].shape == (3, 1, 16, 16)
+    assert all(torch.equal(found[name], again[name]) for name in found)
+    assert not torch.allclose(found["self"], found["base"], atol=1e-3)
+
+
+# --- the batch size
+
+
+def test_a_batch_size_is_found_where_more_gains_nothing(monkeypatch):
+    asked, clock = [], [0.0]
+
+    def run(size):
+        asked.append(size)
+        clock[0] += 1 + max(size, 8) / 8  # from 8 on a condition costs the same, but for the second per call
+
+    monkeypatch.setattr("priorguide.sample.compare.time.perf_counter", lambda: clock[0])
+    assert found_by_trying(run, most=1000) == 64
+    assert asked == [1, *(size for n in range(8) for size in (2**n, 2**n))]
+    assert found_by_trying(run, most=12) == 12
+
+
+def test_a_batch_size_is_found_within_memory():
+    def run(size):
+        if size > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert found_by_trying(run, most=64, gain=0) == 4
+
+
+def test_a_batch_size_that_was_found_is_remembered_with_the_run(tmp_path, monkeypatch):
+    tried = []
+
+    def find(run, most):
+        run(2)
+        tried.append(most)
+        return 2
+
+    monkeypatch.setattr("priorguide.callbacks.comparison.found_by_trying", find)
+    callback = comparison(every=1, batch_size=None)
+    save = Checkpoint(dirpath=tmp_path / "checkpoints", save_last=True)
+    options = {"callbacks": [callback, save], "enable_checkpointing": True}
+    trainer(tmp_path, 2, **options).fit(tuning(), Pictures())
+    assert tried == [4] and callback.sizes == {"cpu, 2 arms": 2}
+    again = comparison(every=1, batch_size=None)
+    options["callbacks"] = [again, save]
+    trainer(tmp_path, 3, **options).fit(tuning(), Pictures(), ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
+    assert tried == [4] and again.sizes == callback.sizes
+    fixed = comparison(batch_size=3).evaluate(tuning(), Pictures())
+    found = comparison(batch_size=None).evaluate(tuning(), Pictures())
+    for arm, pictures in found.pictures.items():
+        assert_near(pictures, fixed.pictures[arm], 1e-4)
 
 
 # --- what it leaves on disk, and in checkpoints

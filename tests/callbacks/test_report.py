@@ -2,7 +2,9 @@ import base64
 import copy
 import hashlib
 import io
+import json
 import re
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -401,3 +403,32 @@ def test_pictures_by_scale_are_in_order_and_shown_where_there_are_several(tmp_pa
     assert figures == 6 * [("base", "1.5"), ("base", "3"), ("base", "10")]
     pictures["arms"] = {("base", (3.0,)): same}
     assert not Page(write_report(tmp_path, a_record(), pictures).read_text()).all("details")
+
+
+def test_pictures_without_a_condition_stand_beside_the_health(tmp_path):
+    pictures = some_pictures() | {"alone": {name: torch.rand(6, 1, 16, 16) for name in ("self", "base")}}
+    page = Page(write_report(tmp_path, a_record(), pictures).read_text())
+    assert len(page.pictures) == 12 + len(
+        Page(write_report(tmp_path, a_record(), some_pictures()).read_text()).pictures
+    )
+    assert "base: without a condition, 6" in [picture["alt"] for picture in page.pictures]
+    assert "What each prior draws by itself" in page.text
+
+
+def test_the_decision_record_can_be_saved_from_the_page(tmp_path):
+    record = a_record() | {
+        "candidates": {"base": {"candidate": "base", "network": "PixelUNet", "mix": 0.5, "scales": [[1.5], [3.0]]}},
+        "checkpoints": [{"file": "checkpoints/last.ckpt", "step": 400, "sha256": "ab" * 32}],
+        "data": {"held_out_sha256": "cd" * 32},
+        "commit": "ef" * 20,
+    }
+    page = Page(write_report(tmp_path, record).read_text())
+    (link,) = [a for a in page.all("a") if a.get("download") == "record.json"]
+    assert json.loads(unquote(link["href"].removeprefix("data:application/json,"))) == record
+    for told in (
+        "base scales 1.5; 3; network PixelUNet; mix 0.5",
+        "step 400, SHA-256 abababababab…",
+        "ef" * 20,
+        "cdcdcd",
+    ):
+        assert told in page.text, told

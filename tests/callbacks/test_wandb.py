@@ -11,7 +11,7 @@ from wandb_reader import read_log
 
 from priorguide.callbacks import comparison
 from priorguide.callbacks.redact import HIDDEN
-from priorguide.callbacks.wandb_log import log_bundle, log_comparison, log_result
+from priorguide.callbacks.wandb_log import DECISION, log_bundle, log_comparison, log_result
 from priorguide.callbacks.wandb_run import finish, follow_up, start
 from priorguide.sample.manifest import sha256
 from priorguide.sample.pictures import to_uint8
@@ -150,14 +150,23 @@ def test_the_summary_has_the_verdict(run):
         [row] = [r for r in run.record["rows"] if r["scales"] == list(scales) and r["prior"] in (prior, "none")]
         assert summary[f"best/{prior}/scale"] == scales[0]
         assert summary[f"best/{prior}/psnr"] == row["metrics"]["psnr"]["value"]
-        for cost in ("seconds_per_image", "evaluations", "extra_bytes"):
+        for cost in ("seconds_per_image", "evaluations", "extra_bytes", "peak_bytes"):
             assert summary[f"best/{prior}/{cost}"] == row[cost]
+
+
+def test_the_summary_has_the_decision_record(run):
+    found = {part: json.loads(run.log.summary[f"decision/{part}"]) for part in DECISION if part in run.record}
+    assert found == json.loads(json.dumps({part: run.record[part] for part in found}))
+    assert found.keys() >= {"verdict", "candidates", "checkpoints", "rows", "config", "data", "sampling"}
+    for entry in run.record["verdict"]["comparisons"]:
+        low, high = (run.log.summary[f"best/{entry['prior']}/{end}"] for end in ("low", "high"))
+        assert [low, high] == list(entry["interval"])
 
 
 def test_every_prior_and_scale_is_in_the_result_table(run):
     [artifact] = [a for a in run.log.artifacts["run_table"] if "resultscales" in a.name]
     table, _ = table_of(artifact)
-    costs = ["seconds_per_image", "evaluations", "extra_bytes"]
+    costs = ["seconds_per_image", "evaluations", "extra_bytes", "peak_bytes"]
     assert table["columns"] == ["prior", "scale", "psnr", "psnr_error", *costs]
     expected = [
         [

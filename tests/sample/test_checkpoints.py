@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from priorguide.sample.checkpoints import at, decide_over, parted, row_name, unguided
+from priorguide.sample.checkpoints import OWN, at, decide_over, parted, row_name, unguided
 from priorguide.sample.metrics import Scores
 from priorguide.sample.verdict import Rule, decide
 
@@ -37,6 +37,7 @@ def test_scale_1_counts_for_its_own_checkpoints_baseline():
     verdict = decide_over(arms, None, RULE)
     assert verdict.chosen == {"self@400": (1.0,), "self@300": (1.0,), "base@300": (2.0,), "base@400": (2.0,)}
     assert (verdict.prior, verdict.scales, verdict.confident) == ("self@300", (1.0,), True)
+    assert str(OWN) not in str(verdict)
     assert verdict.sentence.startswith("Deploy self@300 at scale 1") and "beats self@400 at scale 1" in verdict.sentence
     differences = {c.prior: c.difference for c in verdict.comparisons}
     assert differences == pytest.approx({"self@300": 1, "base@300": -1, "base@400": -4}, abs=0.05)

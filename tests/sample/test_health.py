@@ -69,5 +69,5 @@ def test_it_is_paired_and_repeats():
 def test_words_for_a_tie():
     tie = Health((0.0,), (1.0,), (0.1,), Estimate(0.001, 0.002))
     assert in_words("base", tie) == (
-        "base predicts held-out data without a condition as well as the model's own: -0.3% to +0.5%."
+        "base predicts held-out data without a condition as well as the model's own: -0.3 to +0.5 %."
     )

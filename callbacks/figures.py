@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby, product
 from typing import Any
 
-from ..sample.checkpoints import unguided
+from ..sample.checkpoints import parted, unguided
 from ..sample.matched import across
 from .charts import Line, Point, curves, legend
 from .page import Html, tag
@@ -134,8 +134,8 @@ def health(record: Record, pictures: Html | None = None) -> Html | None:
     """How well each prior predicts held-out data without a condition: sentences, charts by noise level, pictures."""
     found: Mapping[str, Any] = record.get("health") or {}
     sentences = [tag("li", entry["sentence"]) for entry in found.values() if entry.get("sentence")]
-    own = next((entry for entry in found.values() if not any(entry["gap"])), None)
-    others = {name: entry for name, entry in found.items() if entry is not own}
+    own = {parted(name)[1]: entry for name, entry in found.items() if not any(entry["gap"])}  # by checkpoint
+    others = {name: entry for name, entry in found.items() if any(entry["gap"])}
     if not others:
         return None
     order = styles(record)
@@ -144,7 +144,7 @@ def health(record: Record, pictures: Html | None = None) -> Html | None:
         lines = []
         for prior, entry in others.items():
             points = []
-            for snr, y in sorted(zip(entry["log_snr"], values(entry), strict=True)):
+            for snr, y in sorted(zip(entry["log_snr"], values(prior, entry), strict=True)):
                 note = f"{prior}, log-SNR {number(snr, 0.2)}: {number(y)}"
                 points.append(Point(snr, y, note=note))
             lines.append(Line(order.get(prior, NEUTRAL), tuple(points)))
@@ -152,15 +152,16 @@ def health(record: Record, pictures: Html | None = None) -> Html | None:
         return tag("figure", curves(lines, name=name, x_label=x_label, y_label=y_label, level=level))
 
     figures = []
-    if own is not None:
+    if own:
         name = "Loss without a condition, relative to the model's own, by noise level, a line per prior"
 
-        def ratio(entry: Record) -> list[float]:
-            return [a / b if b else float("nan") for a, b in zip(entry["loss"], own["loss"], strict=True)]
+        def ratio(prior: str, entry: Record) -> list[float]:
+            mine = own[parted(prior)[1]]["loss"]
+            return [a / b if b else float("nan") for a, b in zip(entry["loss"], mine, strict=True)]
 
         figures.append(chart("Loss / the model's own (lower is better)", name, ratio, ("the model's own null", 1.0)))
     name = "Distance between each prior's prediction and the model's own, by noise level"
-    figures.append(chart("Root mean square gap to the model's own", name, lambda entry: entry["gap"]))
+    figures.append(chart("Root mean square gap to the model's own", name, lambda _, entry: entry["gap"]))
     text = (
         "Each prior predicts the noise in held-out pictures, without a condition, beside the fine-tuned model's own "
         "null prediction. This asks nothing of guidance; it says early whether a prior still knows the data."

@@ -17,7 +17,6 @@ from ..sample.checkpoints import SIGN
 from ..sample.compare import compare, found_by_trying, within_memory
 from ..sample.evaluate import Drawn, Evaluation, costs_of, drawn_from, to_device
 from ..sample.guidance import Arm, Guidance, Prior
-from ..sample.health import Health, null_health
 from ..sample.loop import Sampler
 from ..sample.machine import device_name
 from ..sample.metrics import USUAL, check_metrics
@@ -28,7 +27,7 @@ from ..sample.verdict import Rule
 from .judging import judged
 from .placement import Placement, Where, apart, buffers_to
 from .records import write_comparison
-from .shares import check_enough, chunks, encode, gather, least, moved, rows, share
+from .shares import check_enough, encode, gather, least, moved, rows, share
 from .showing import line
 from .together import Together
 from .wandb_log import log_comparison
@@ -269,17 +268,6 @@ class PriorComparison(L.Callback):
                 raise ValueError("the pictures are no longer finite: lower the learning rate, or clip gradients")
             costs = costs_of(model, condition, candidates, self.sampler, self.sizes[key]) if full else {}
             return Drawn(pictures, watch.means(), costs)
-
-    def health(self, pl_module: L.LightningModule, data: Any, n: int) -> dict[str, Health]:
-        """The null prediction of every network on n held-out pictures, see `null_health`."""
-        with isolate_rng(), torch.no_grad(), pl_module.averaged() as model:  # type: ignore[operator]
-            priors = self._bind(model)
-            with self.on_device(pl_module.device):
-                encoded = [model.encode(to_device(chunk, pl_module.device)) for chunk in chunks(data.held_out(n), 16)]
-                condition = {name: torch.cat([part[name] for _, part in encoded]) for name in encoded[0][1]}
-                x_0 = torch.cat([clean for clean, _ in encoded])
-                plain = {name: prior for name, prior in priors.items() if prior is None or not prior.keep}
-                return null_health(model, plain, x_0, condition, batch_size=min(self.sizes.values(), default=16))
 
     @contextmanager
     def on_device(self, device: torch.device, whole: bool = True, quiet: bool = True) -> Iterator[None]:

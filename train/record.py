@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..callbacks.comparison import PriorComparison
 from ..callbacks.figures import distances
-from ..callbacks.judging import judged, unguided_pictures
+from ..callbacks.judging import health, judged, unguided_pictures
 from ..callbacks.quantities import AGREEMENTS, candidate_text, present
 from ..callbacks.records import shown, write_whole
 from ..sample import saturation
@@ -85,7 +85,7 @@ def full_comparison(
     files = list(checkpoints) or [last_checkpoint(run)]
     steps: list[int | None] = []
     drawn: Drawn | None = None
-    health: dict[str, Any] = {}
+    healths: dict[str, Any] = {}
     alone: dict[str, Tensor] = {}
     entries: list[dict[str, Any]] = []
     with progress() as bar:
@@ -107,7 +107,7 @@ def full_comparison(
             one = one if step is None else one.at(step)
             drawn = one if drawn is None else drawn | one
             losses = bar.add_task("losses of the null", total=1)
-            health |= health_of(callback, fine_tune, data, count, step)
+            healths |= health_of(callback, fine_tune, data, count, step)
             for name, own in unguided_pictures(callback, fine_tune, data, min(ALONE, count)).items():
                 alone[name if step is None else at(name, step)] = own
             bar.update(losses, completed=1)
@@ -137,7 +137,7 @@ def full_comparison(
         },
         "candidates": candidates_of(callback, evaluation, steps),
         "checkpoints": entries,
-        "health": health,
+        "health": healths,
         "saturation": watched,
         "conditions": count,
         "reference": callback.num_reference,
@@ -182,7 +182,7 @@ def health_of(
 ) -> dict[str, dict[str, Any]]:
     """The health of every prior, with a sentence for each but the model's own, under the names of the rows."""
     found = {}
-    for name, one in callback.health(fine_tune, data, count).items():
+    for name, one in health(callback, fine_tune, data, count).items():
         name = name if step is None else at(name, step)
         found[name] = {**one.to_json(), "sentence": in_words(name, one) if any(one.gap) else None}
     return found

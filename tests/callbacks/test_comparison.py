@@ -15,6 +15,7 @@ from PIL import Image
 
 from priorguide.callbacks.comparison import PriorComparison
 from priorguide.callbacks.judging import unguided_pictures
+from priorguide.callbacks.records import LOGGED
 from priorguide.sample.compare import found_by_trying
 from priorguide.sample.loop import Sampler
 from priorguide.sample.models.pixel import PixelUNet
@@ -326,7 +327,7 @@ def test_panels_and_metrics_on_disk(tmp_path):
     callback = comparison(every=2, metric_network=Seer())
     trainer(tmp_path, 4, callbacks=[callback]).fit(tuning(), Pictures())
     names = sorted(path.name for path in (tmp_path / "compare").iterdir())
-    assert names == ["metrics.jsonl", "panel-00000002.png", "panel-00000004.png"]
+    assert names == ["metrics.jsonl", "panel-00000002.png", "panel-00000004.png", LOGGED]
     assert [json.loads(line) for line in lines(tmp_path)] == json.loads(json.dumps(callback.history))
     assert [(row["prior"], row["scales"]) for row in callback.history[0]["rows"]] == [("self", [3.0]), ("base", [3.0])]
     with Image.open(tmp_path / "compare" / "panel-00000004.png") as panel:

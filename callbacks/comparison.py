@@ -254,10 +254,9 @@ class PriorComparison(L.Callback):
                 compare(model, encode(model, few, size), seeds[:size], candidates, quick, batch_size=size)
 
             size = self.sizes.get(key, self.batch_size)
-            if size is None and getattr(pl_module, "device_mesh", None) is not None:
-                size = 8  # processes that share a network's weights ask it equally often, and must not try
-            if size is None:
-                size = least(pl_module, found_by_trying(try_out, len(mine)), world)
+            if size is None:  # processes that share a network's weights ask it equally often, and must not try
+                sharing = getattr(pl_module, "device_mesh", None) is not None
+                size = 8 if sharing else least(pl_module, found_by_trying(try_out, len(mine)), world)
             together = Together(pl_module.trainer) if world > 1 else None
             with together.until_all_are_done() if together else nullcontext():
                 tried = together.trying(sample, model.network) if together else sample
@@ -284,13 +283,11 @@ class PriorComparison(L.Callback):
     # --- resume
 
     def state_dict(self) -> dict[str, Any]:
-        found = {"batch_sizes": self.sizes} if self.batch_size is None else {}
-        return {"history": self.history, "skipped": self.skipped, **found}
+        return {"history": self.history, "skipped": self.skipped, "batch_sizes": {} if self.batch_size else self.sizes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history, self.skipped, self._resumed = state_dict["history"], state_dict["skipped"], True
-        if self.batch_size is None:
-            self.sizes |= state_dict.get("batch_sizes", {})
+        self.sizes |= {} if self.batch_size else state_dict.get("batch_sizes", {})
 
 
 def _candidate(

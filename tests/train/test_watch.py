@@ -74,7 +74,7 @@ def test_each_checkpoint_is_compared_once_as_it_appears_and_never_half_written(w
     assert sorted(file.name for file in (run / "watched").iterdir()) == names
     assert "Over training" in (run / "watched" / "index.html").read_text()
     out = capsys.readouterr().out
-    assert "step 4: KID base, scale 2 " in out and "the run is complete: 3 steps" in out
+    assert "step 4: MMD base, scale 2 " in out and "the run is complete: 3 steps" in out
     # once more: nothing is compared twice
     assert watch_run(run, sleep=sleep) == [] and len(asked) == 3
     # the full comparison draws its curves over training from it

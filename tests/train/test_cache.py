@@ -231,7 +231,7 @@ def command(folder: Path, name: str, *more: str, devices: int = 1) -> list[str]:
 @pytest.mark.slow
 def test_two_processes_that_are_killed_go_on_where_they_were(tmp_path):
     folder = tmp_path / "cache"
-    more = ("--data.init_args.max_train_samples", "6000", "--trainer.strategy", "ddp")
+    more = ("--data.init_args.max_train_samples", "1500", "--trainer.strategy", "ddp")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     encoding = command(folder, "cache", *more, devices=2)
     with subprocess.Popen(encoding, env=environment, start_new_session=True) as run:
@@ -241,8 +241,8 @@ def test_two_processes_that_are_killed_go_on_where_they_were(tmp_path):
     before = {name: at for name, at in times(folder).items() if not name.startswith(".")}
     done = subprocess.run(encoding, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    shards = -(-6000 // 256) * 2
+    shards = -(-1500 // 256) * 2
     left = shards - len(before) + 1
     assert left > 0 and len(list(folder.glob("samples-*"))) == shards
-    assert before.items() <= times(folder).items() and "of 12000 training samples" in done.stdout
-    assert f"cache: {folder} is whole, 6000 rows x 2" in done.stdout
+    assert before.items() <= times(folder).items() and "of 3000 training samples" in done.stdout
+    assert f"cache: {folder} is whole, 1500 rows x 2" in done.stdout

@@ -118,7 +118,8 @@ def guided_change(
         eps = torch.randn(x_0.shape, generator=generator).to(x_0)
         x_t = add_noise(like(data_scale(model.path, t), x_0) * x_0, eps, *model.path.coefficients(t))
         old, new = _guided(model, [before, after], x_t, t, condition)
-        changes.append(((new - old).square().mean() / old.square().mean()).sqrt().item())
+        size = old.square().mean().clamp(min=torch.finfo(old.dtype).tiny)  # fresh networks may predict zero
+        changes.append(((new - old).square().mean() / size).sqrt().item())
     return {"times": times.tolist(), "relative_rms": changes, "mean_relative_rms": sum(changes) / len(changes)}
 
 

@@ -190,7 +190,7 @@ def _verdict(evidence: Any) -> str:
     table = [f"| prior | scale | {' | '.join(metrics)} |", "|" + "---|" * (2 + len(metrics))]
     for row in rows:
         found = [row["metrics"].get(name) for name in metrics]
-        cells = [f"{m['value']:.4g} ± {m['error']:.2g}" if m else "" for m in found]
+        cells = [f"{m['value']:.4g} ± {m['error']:.2g}" if m and None not in m.values() else "" for m in found]
         table.append(f"| {row['prior']} | {', '.join(f'{s:g}' for s in row['scales'])} | {' | '.join(cells)} |")
     return "\n".join(["## Which prior, and why", "", sentence, "", *table])
 

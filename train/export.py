@@ -33,7 +33,7 @@ from .adapters import adapter_of, base_of
 from .compare import refuse_existing
 from .fine_tune import FineTune
 from .fit import FitCLI, last_checkpoint, load_run
-from .provenance import provenance
+from .provenance import finite, provenance
 from .record import comparison_of, find_checkpoint
 
 RECORDED_PICTURES = 16
@@ -176,7 +176,7 @@ def export(
             guidance=guidance,
             sampler=callback.sampler,
             recorded=recorded,
-            evidence=record,
+            evidence=finite(record),
             provenance=provenance(cli, state, name, examples),
             restricted=restricted,
             adapter=adapter,

@@ -1,5 +1,6 @@
 """Where weights and figures come from: what may be passed on of a run's config, of its data, and of the code."""
 
+import math
 import re
 import subprocess
 from collections.abc import Iterator
@@ -107,3 +108,12 @@ def commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+def finite(value: Any) -> Any:
+    """A record with null in place of NaN and infinities, for which JSON has no words."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

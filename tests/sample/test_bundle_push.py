@@ -25,7 +25,7 @@ METRICS = {"kid": {"value": 0.0123456, "error": 0.002}, "psnr": {"value": 13.2, 
 EVIDENCE = {
     "rows": [
         {"prior": "self", "scales": [1.5], "metrics": METRICS},
-        {"prior": "base", "scales": [2], "metrics": {"kid": METRICS["kid"]}},
+        {"prior": "base", "scales": [2], "metrics": {"kid": METRICS["kid"], "psnr": {"value": None, "error": None}}},
     ],
     "verdict": {"sentence": "Deploy base at scale 2."},
 }

@@ -22,7 +22,7 @@ from priorguide.train.cli import main
 from priorguide.train.export import deployed, export
 from priorguide.train.fine_tune import FineTune
 from priorguide.train.fit import load_run
-from priorguide.train.provenance import portable, provenance
+from priorguide.train.provenance import finite, portable, provenance
 from priorguide.train.record import comparison_of, full_comparison
 
 
@@ -234,3 +234,13 @@ def test_provenance_has_no_path_of_the_machine():
         "url": "https://host/a",
     }
     assert json.dumps(portable(told))
+
+
+def test_a_record_without_numbers_that_json_does_not_know():
+    record = {
+        "rows": [{"metrics": {"fd": {"value": float("nan"), "error": 1.0}}, "scales": (1.5, float("inf"))}],
+        "n": 2,
+    }
+    told = finite(record)
+    assert told == {"rows": [{"metrics": {"fd": {"value": None, "error": 1.0}}, "scales": [1.5, None]}], "n": 2}
+    json.dumps(told, allow_nan=False)

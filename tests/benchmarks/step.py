@@ -382,7 +382,9 @@ def main() -> None:
     torch.set_num_threads(1)
     quiet()
     if arguments.fit:
-        print("rate", one_fit(arguments.fit), flush=True)
+        rate = one_fit(arguments.fit)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the second process runs this very line
+            print("rate", rate, flush=True)
     else:
         for name in arguments.only:
             print(f"#### {name}\n\n" + "\n".join(SECTIONS[name](arguments.rounds)) + "\n", flush=True)

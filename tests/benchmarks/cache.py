@@ -192,7 +192,7 @@ def measure(way: str, work: Path, arguments: argparse.Namespace) -> Run:
         "TQDM_MININTERVAL": "0",
     }
     if way == "diffusers":
-        environment["PYTHONPATH"] = os.pathsep.join([str(work / "path"), os.environ.get("PYTHONPATH", "")])
+        environment["PYTHONPATH"] = os.pathsep.join([str(work / "path"), arguments.path])
     log, marks, held, memory = b"", {}, b"", 0.0
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with subprocess.Popen(command(way, work, arguments), env=environment, bufsize=0, **pipes) as run:
@@ -213,6 +213,7 @@ def measure(way: str, work: Path, arguments: argparse.Namespace) -> Run:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--diffusers", metavar="SCRIPT")
+    parser.add_argument("--path", default="", help="where the script finds torchvision, if not in this environment")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--batch", type=int, default=4)
@@ -230,7 +231,8 @@ def main() -> None:
         )
         write_labelled(work / "labelled", work / "pictures")
         (work / "path").mkdir()
-        if subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, check=False).returncode:
+        trial = {"env": {**os.environ, "PYTHONPATH": arguments.path}, "capture_output": True, "check": False}
+        if subprocess.run([sys.executable, "-c", "import torchvision"], **trial).returncode:
             (work / "path" / "sitecustomize.py").write_text(OPERATORS)
         runs: dict[str, list[Run]] = {way: [] for way in ways}
         for _ in range(arguments.rounds):

@@ -70,8 +70,8 @@ class Energies:
         return {arm: ratios.mean().item() for arm, ratios in self._ratios.items()}
 
 
-def in_words(arm: Arm, found: Saturation) -> str | None:
-    """A warning that names the cure, or None where there is nothing to warn of."""
+def in_words(arm: Arm, found: Saturation, baseline: str = "self") -> str | None:
+    """A warning that names the cure, or None where there is nothing to warn of. baseline: the model's own candidate."""
     signs = [
         text
         for text, there in (
@@ -85,5 +85,7 @@ def in_words(arm: Arm, found: Saturation) -> str | None:
         return None
     name, scales = arm
     at = ", ".join(f"{scale:g}" for scale in scales)
-    cure = "try a lower scale, an interval, APG, a mix with self, or self"
+    cures = ["a lower scale", "an interval", "APG"]
+    cures += [] if name == baseline else [f"a mix with {baseline}", baseline]
+    cure = f"try {', '.join(cures[:-1])}, or {cures[-1]}"
     return f"{name} at scale {at} goes too far: {' and '.join(signs)}; {cure}."

@@ -119,7 +119,12 @@ def full_comparison(
         evaluation = judged(callback, drawn, data, fine_tune.device, rule)
         bar.update(judging, completed=1)
     watched = [
-        {"prior": arm[0], "scales": list(arm[1]), **one.to_json(), "sentence": saturation.in_words(arm, one)}
+        {
+            "prior": arm[0],
+            "scales": list(arm[1]),
+            **one.to_json(),
+            "sentence": saturation.in_words(arm, one, rule.baseline),
+        }
         for arm, one in evaluation.saturation.items()
     ]
     batch = callback.examples(data, count)

@@ -225,8 +225,9 @@ def main() -> None:
     text = "\n".join([*header, *lines])
     print(text)
     if not quick:
-        before = PAGE.read_text() if PAGE.exists() else "# Benchmarks\n\n"
-        PAGE.write_text(before.split("## CPU, ")[0] + text)
+        before, _, rest = PAGE.read_text().partition("## CPU, ")
+        _, after, rest = rest.partition("\n## ")  # what other scripts measured stays
+        PAGE.write_text(f"{before}{text}\n{after}{rest}")
 
 
 if __name__ == "__main__":

@@ -39,3 +39,4 @@ def test_the_warning_names_signs_and_cure():
         "base at scale 1.5, 7.5 goes too far: 1.40 times the contrast of real pictures and a guided prediction 1.80 "
         "times as strong as the conditional one; try a lower scale, an interval, APG, a mix with self, or self."
     )
+    assert in_words(("self", (9.0,)), Saturation(1.4, 0.02, 1.8)).endswith("; try a lower scale, an interval, or APG.")

@@ -120,7 +120,12 @@ def newest_whole(folder: str | File) -> File | None:
 def _read_through(path: File) -> None:
     """ValueError where a byte of the file is not what was written."""
     read_checkpoint(path)
-    if zipfile.is_zipfile(path):
+    if not zipfile.is_zipfile(path):
+        return
+    try:
         with zipfile.ZipFile(path) as held:
-            if (name := held.testzip()) is not None:
-                raise ValueError(f"{path} is not a whole checkpoint: {name} has changed since it was written")
+            name = held.testzip()
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:  # an entry's own header is damaged
+        raise ValueError(f"{path} is not a whole checkpoint: {error}") from error
+    if name is not None:
+        raise ValueError(f"{path} is not a whole checkpoint: {name} has changed since it was written")

@@ -101,7 +101,7 @@ def test_a_comparison_leaves_a_panel_and_an_animation(tmp_path):
     assert shown(batch, "pixels").ndim == 5 and shown(batch, "image").ndim == 4 and shown(batch, "fps") is None
     write_comparison(tmp_path, 3, an_evaluation(8), batch)
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["metrics.jsonl", "panel-00000003.gif", "panel-00000003.png"]
+    assert names == ["metrics.jsonl", "panel-00000003.gif", "panel-00000003.png", "pictures.safetensors"]
     with Image.open(tmp_path / names[1]) as played, Image.open(tmp_path / names[2]) as panel:
         assert played.n_frames == FRAMES and played.info["duration"] == 100
         assert played.height < panel.height  # the first six of eight

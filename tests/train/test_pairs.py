@@ -94,7 +94,7 @@ class Hungry(L.Callback):
 
     def on_train_end(self, trainer, *_):
         (comparison,) = (c for c in trainer.callbacks if isinstance(c, PriorComparison))
-        print(f"a batch of {comparison.batch_size}", file=sys.stderr)
+        print(*(f"a batch of {size}" for size in comparison.sizes.values()), file=sys.stderr)
 
 
 @pytest.mark.parametrize("where", [out_of_memory_in_a_block, out_of_memory_after_the_network])

@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from ..callbacks.comparison import PriorComparison
 from ..callbacks.preemption import Preemption
 from ..callbacks.records import write_whole
+from ..callbacks.redact import redact
 from ..callbacks.wandb_run import start
 from ..sample.checkpoint import read_checkpoint
 from .checkpoint import Checkpoint, newest_whole
@@ -102,6 +103,8 @@ class FitCLI(LightningCLI):
             if logger.class_path.endswith("WandbLogger"):
                 logger.init_args.save_dir = root
                 logger.init_args.group = logger.init_args.group or File(root).name  # compare and export join it
+                for words in ("name", "notes", "tags", "config"):
+                    logger.init_args[words] = redact(logger.init_args[words])
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would read hyperparameters from the checkpoint here; ours has none, the config has them all."""

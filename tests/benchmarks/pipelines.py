@@ -1,13 +1,13 @@
 """What guidance costs in a stock pipeline, way by way: seconds, evaluations, memory.
 
-    python tests/benchmarks/pipelines.py [--rounds 5] [--batch 4] [--steps 6] [--threads 1] [--ways self base]
+    python tests/benchmarks/pipelines.py [--rounds 3] [--batches 1 4] [--steps 3] [--threads 1] [--ways self base]
         [--no-memory]
 
 A U-Net of Stable Diffusion's proportions at a fifth of its width (random weights, latents of 32 x 32, one context of 77
 tokens), in diffusers' own pipeline without its autoencoder. Seconds are processor time, medians of calls taken in
-turns, to and fro, in one process, after one uncounted round, and ratios are medians over rounds; memory is that of a
-process of its own per way: its peak after a call of two steps, beside that of self guidance. Ratios carry over to other
-machines, seconds do not.
+turns, to and fro, in one process, after one uncounted round, and ratios are medians over rounds. Memory is that of a
+process of its own per way that holds other networks: its peak after a call of two steps at the last batch size, beside
+that of self guidance. Ratios carry over to other machines, seconds do not.
 """
 
 import argparse
@@ -87,15 +87,16 @@ def call(
     **options: Any,
 ) -> tuple[Callable[[], None], dict[str, int], int]:
     """A call of the pipeline, the rows that its networks have been given, by network, and the bytes of the prior's."""
-    own, rows = unet(0), {"own": 0, "prior": 0}
+    rows = {"own": 0, "prior": 0}
+    base = unet(0 if lora else 1) if prior else None
+    if base is not None and bits is not None:
+        reduce_bits(base, bits)  # before the other network takes memory, so that the peak is not that of reducing
+    own = unet(0)
     if lora:
         with_lora(own, merged)
-    base = unet(0 if lora else 1) if prior else None
     for name, network in (("own", own), ("prior", base)):
         if network is not None:
             count(network, name, rows)
-    if base is not None and bits is not None:
-        reduce_bits(base, bits)
     pipe = StableDiffusionPipeline(
         vae=None,
         text_encoder=None,
@@ -139,11 +140,24 @@ def peak() -> int:
     return (1 if sys.platform == "darwin" else 1024) * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def in_turns(calls: dict[str, Any], rounds: int) -> dict[str, list[float]]:
+    """Processor seconds of each call, round by round."""
+    seconds: dict[str, list[float]] = {way: [] for way in calls}
+    for number in range(rounds + 1):
+        for way, (run, evaluated, _) in list(calls.items())[:: 1 if number % 2 else -1]:
+            evaluated |= dict.fromkeys(evaluated, 0)
+            start = time.process_time()
+            run()
+            if number:
+                seconds[way].append(time.process_time() - start)
+    return seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
     parser.add_argument("--no-memory", action="store_true", help="no process of its own per way")
@@ -151,40 +165,38 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.peak:
-        call(arguments.batch, 2, **WAYS[arguments.peak])[0]()
+        call(arguments.batches[-1], 2, **WAYS[arguments.peak])[0]()
         print(json.dumps(peak()))
         return
     ways = {way: WAYS[way] for way in ("self", *(way for way in arguments.ways if way != "self"))}
-    peaks = {} if arguments.no_memory else {way: apart(way, arguments.batch, arguments.threads) for way in ways}
-    calls = {way: call(arguments.batch, arguments.steps, **options) for way, options in ways.items()}
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for number in range(arguments.rounds + 1):
-        for way, (run, rows, _) in list(calls.items())[:: 1 if number % 2 else -1]:
-            rows |= dict.fromkeys(rows, 0)
-            start = time.process_time()
-            run()
-            if number:
-                seconds[way].append(time.process_time() - start)
-
-    def beside(way: str, other: str) -> str:
-        return f"{statistics.median(a / b for a, b in zip(seconds[way], seconds[other], strict=True)):.3f}"
-
     parameters = sum(p.numel() for p in unet(0).parameters())
-    print(f"{parameters / 1e6:.1f} M parameters, batch {arguments.batch}, {arguments.steps} steps of DDIM\n")
-    print("| guidance | seconds | beside self | evaluations, own + prior | prior's weights | peak memory beside self |")
-    print("|---|---|---|---|---|---|")
-    for way, (_, rows, held) in calls.items():
-        own, other = (rows[name] // arguments.batch for name in ("own", "prior"))
-        more = f"{(peaks[way] - peaks['self']) / 2**20:+.0f} MiB" if peaks else "–"
-        middle = statistics.median(seconds[way])
-        print(f"| {way} | {middle:.2f} | {beside(way, 'self')} | {own} + {other} | {held / 2**20:.0f} MiB | {more} |")
-    if {LORA, "self, LoRA unmerged"} <= set(ways):
-        print(f"\nLoRA's base beside self, LoRA unmerged: {beside(LORA, 'self, LoRA unmerged')}")
+    print(f"{parameters / 1e6:.1f} M parameters, {arguments.steps} steps of DDIM, {arguments.rounds} rounds")
+    for batch in arguments.batches:
+        calls = {way: call(batch, arguments.steps, **options) for way, options in ways.items()}
+        seconds = in_turns(calls, arguments.rounds)
+
+        def beside(way: str, other: str, seconds: dict[str, list[float]] = seconds) -> str:
+            return f"{statistics.median(a / b for a, b in zip(seconds[way], seconds[other], strict=True)):.3f}"
+
+        print(f"\n| batch {batch} | seconds | beside self | evaluations, own + prior | prior's weights |")
+        print("|---|---|---|---|---|")
+        for way, (_, rows, held) in calls.items():
+            own, other = (rows[name] // batch for name in ("own", "prior"))
+            middle = statistics.median(seconds[way])
+            print(f"| {way} | {middle:.2f} | {beside(way, 'self')} | {own} + {other} | {held / 2**20:.0f} MiB |")
+        if {LORA, "self, LoRA unmerged"} <= set(ways):
+            print(f"\nLoRA's base beside self, LoRA unmerged: {beside(LORA, 'self, LoRA unmerged')}", flush=True)
+    if not arguments.no_memory:
+        print("\n| peak memory beside self | |\n|---|---|")
+        alone = apart("self", arguments)
+        for way in [way for way, options in ways.items() if not {"scale", "refresh", "interval"} & set(options)]:
+            print(f"| {way} | {(apart(way, arguments) - alone) / 2**20:+.0f} MiB |", flush=True)
 
 
-def apart(way: str, batch: int, threads: int) -> int:
+def apart(way: str, arguments: argparse.Namespace) -> int:
     """The peak of a process of its own."""
-    command = [sys.executable, __file__, "--peak", way, "--batch", str(batch), "--threads", str(threads)]
+    sizes = ["--batches", str(arguments.batches[-1]), "--threads", str(arguments.threads)]
+    command = [sys.executable, __file__, "--peak", way, *sizes]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return int(json.loads(done.stdout.splitlines()[-1]))
 

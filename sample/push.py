@@ -24,7 +24,7 @@ LICENCES = {
     "CreativeML OpenRAIL-M": "creativeml-openrail-m",
     "CreativeML OpenRAIL++-M": "openrail++",
 }
-"""The Hub's words for licences; "other" for the rest."""
+"""The Hub's words for licences; "other" for the rest, "unknown" where none is told."""
 PRIVATE = re.compile(
     r"(?:file://|(?<![\w./-])(?:/(?:home|root|Users|mnt|tmp|work|data|scratch|var|opt|srv)/[\w.]|~/|[A-Za-z]:\\\\))"
     r"|\b(?:hf_[A-Za-z0-9]{16,}|wandb_v\d_\w{16,}|(?:sk|rk|pk)-[\w-]{20,}|gh[opsur]_\w{16,}|(?:AKIA|ASIA)[A-Z0-9]{16})"
@@ -123,11 +123,11 @@ def card(bundle: Bundle, repository: str) -> str:
 def _metadata(bundle: Bundle) -> str:
     licence = (bundle.manifest["licences"] or {}).get("model")
     bases = sorted((bundle.manifest["provenance"] or {}).get("commits") or {})
-    known = LICENCES.get(licence or "")
+    known = LICENCES.get(licence, "other") if licence else "unknown"
     lines = [
         "---",
-        f"license: {known or 'other'}",
-        *([] if known else [f"license_name: {json.dumps(licence or 'not known')}"]),
+        f"license: {known}",
+        *([f"license_name: {json.dumps(licence)}"] if known == "other" else []),
         f"library_name: {'diffusers' if INDEX in bundle.manifest['files'] else 'priorguide'}",
         *(["base_model:", *(f"- {base}" for base in bases)] if bases else []),
         f"pipeline_tag: {_task(bundle.model)}",
@@ -156,7 +156,8 @@ def _about(bundle: Bundle) -> str:
     model, manifest = bundle.model, bundle.manifest
     if bundle.guidance is None or bundle.sampler is None:
         return f"{_named(model, 'An', 'A')}, without a recipe for guidance."
-    scales, prior = ", ".join(f"{scale:g}" for scale in bundle.guidance.scales), bundle.guidance.prior
+    scales, prior = bundle.guidance.scales, bundle.guidance.prior
+    at = f"scale{'s' if len(scales) > 1 else ''} {', '.join(f'{scale:g}' for scale in scales)}"
     guided = "its own unconditional prediction" if prior is None else f"that of {_named(prior.model)}"
     how = {
         "whole": "",
@@ -170,7 +171,7 @@ def _about(bundle: Bundle) -> str:
         held += f", which moves the guided prediction by {change['mean_relative_rms']:.2g} of its size"
     sampler = bundle.sampler
     return (
-        f"{_named(model, 'An', 'A')} for guidance by {guided}{held if prior else ''}; scale {scales}; "
+        f"{_named(model, 'An', 'A')} for guidance by {guided}{held if prior else ''}; {at}; "
         f"{sampler.scheduler}, {sampler.steps} steps."
     )
 

@@ -23,6 +23,7 @@ from ..sample.checkpoint import read_checkpoint
 from .checkpoint import Checkpoint, newest_whole
 from .errors import UsageError, innermost, sentence
 from .fine_tune import FineTune
+from .step import keep_freed_memory
 
 LESS_MEMORY = (
     "lower data.init_args.train_batch_size and raise trainer.accumulate_grad_batches by as much, set "
@@ -94,6 +95,8 @@ class FitCLI(LightningCLI):
             torch.set_num_threads(config.threads)
         if self.subcommand and torch.cuda.is_available():  # not what exports, whose pictures are replayed bit for bit
             torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+        elif self.subcommand:
+            keep_freed_memory()
         root = config.trainer.default_root_dir
         if root is None:
             raise ValueError("trainer.default_root_dir must name the run's folder, which everything is written to")

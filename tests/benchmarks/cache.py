@@ -6,10 +6,10 @@
 Random weights in Stable Diffusion 1.5's layout (U-Net, text encoder, autoencoder) and in DiT-XL/2's, all at an eighth
 of their width, on JPEG pictures. `--diffusers` takes the path of diffusers' examples/instruct_pix2pix script, which
 is run as it is by its own command line: the same base, pictures, batch, precision, drop-out, clipping and average.
-Each way is a process of its own, in turns. Images per second are of the steps after the second alone, by processor
-time, so that neither the start nor other work on the machine counts, and by the clock; memory is the process's peak
-at the last step, by the kernel's own count. The script needs torchvision. The cached way fills its cache in its first
-round, whose memory therefore counts the encoders too.
+Each way is a process of its own, in turns. Images per second are of the steps between the second and the last, by
+processor time, so that neither start and end nor other work on the machine count, and by the clock; memory is the
+process's peak until then, by the kernel's own count. The script needs torchvision. The cached way fills its cache in
+its first round, whose memory therefore counts the encoders too.
 """
 
 import argparse
@@ -193,7 +193,7 @@ def measure(way: str, work: Path, arguments: argparse.Namespace) -> Run:
     }
     if way == "diffusers":
         environment["PYTHONPATH"] = os.pathsep.join([str(work / "path"), arguments.path])
-    log, marks, held, memory = b"", {}, b"", 0.0
+    log, marks, held = b"", {}, b""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with subprocess.Popen(command(way, work, arguments), env=environment, bufsize=0, **pipes) as run:
         assert run.stdout is not None
@@ -201,13 +201,14 @@ def measure(way: str, work: Path, arguments: argparse.Namespace) -> Run:
             log, held = log + part, held[-2000:] + part
             step = max((int(found) for found in PROGRESS.findall(held)), default=0)
             if step >= FIRST and step not in marks:
-                marks[step], memory = (cpu_seconds(run.pid), time.perf_counter()), peak(run.pid)
-    if run.returncode or arguments.steps not in marks:
+                marks[step] = cpu_seconds(run.pid), time.perf_counter(), peak(run.pid)
+    marks.pop(arguments.steps, None)  # by the time that it is seen, the checkpoint is being written
+    if run.returncode or len(marks) < 2:
         raise SystemExit(f"{way} failed ({run.returncode}):\n{log.decode(errors='replace')[-3000:]}")
-    first = min(marks)
-    images = (arguments.steps - first) * arguments.batch
-    used, passed = (b - a for a, b in zip(marks[first], marks[arguments.steps], strict=True))
-    return Run(images / used, images / passed, memory)
+    first, last = min(marks), max(marks)
+    images = (last - first) * arguments.batch
+    used, passed, _ = (b - a for a, b in zip(marks[first], marks[last], strict=True))
+    return Run(images / used, images / passed, marks[last][2])
 
 
 def main() -> None:

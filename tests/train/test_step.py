@@ -1,6 +1,8 @@
 """Compilation, layout, fused and 8-bit optimisers: the same steps, the same checkpoints, the same comparisons."""
 
 import copy
+import subprocess
+import sys
 from functools import partialmethod
 
 import pytest
@@ -140,3 +142,27 @@ def test_the_running_mean_moves_as_it_is_written():
     after = weights(mean)
     torch.testing.assert_close(after["0.weight"], 0.75 * before["0.weight"] + 0.25 * live[0].weight.detach())
     assert same(after["0.bias"], before["0.bias"]) and (after["1.running_mean"] == 3.0).all()
+
+
+FAULTS = """
+import resource, sys, torch
+from priorguide.train.step import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+network = torch.nn.Sequential(*[torch.nn.Conv2d(16, 16, 3, padding=1) for _ in range(4)])
+pixels = torch.rand(4, 16, 128, 128)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    network(pixels).square().mean().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(sum([faults() for _ in range(16)][4:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_memory_that_a_step_frees_is_kept_for_the_next():
+    counts = {}
+    for way in ("kept", "given back"):
+        run = subprocess.run([sys.executable, "-c", FAULTS, way], capture_output=True, text=True, check=True)
+        counts[way] = int(run.stdout)
+    assert counts["kept"] < counts["given back"] / 4, counts

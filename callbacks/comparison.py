@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path as File
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from ..sample.candidates import Candidate, arms
+from ..sample.candidates import Candidate, arms, check_interval
 from ..sample.checkpoints import SIGN
 from ..sample.compare import compare, found_by_trying, within_memory
 from ..sample.evaluate import Drawn, Evaluation, costs_of, drawn_from, to_device
@@ -20,14 +21,14 @@ from ..sample.guidance import Arm, Guidance, Prior
 from ..sample.loop import Sampler
 from ..sample.machine import device_name
 from ..sample.metrics import USUAL, check_metrics
-from ..sample.model import Condition, DiffusionModel
+from ..sample.model import DiffusionModel
 from ..sample.parts import Parts
 from ..sample.saturation import Energies
 from ..sample.verdict import Rule
 from .judging import judged
 from .placement import Placement, Where, apart, buffers_to
 from .records import write_comparison
-from .shares import check_enough, encode, gather, least, moved, rows, share
+from .shares import Encoded, check_enough, gather, least, moved, rows, share
 from .showing import line
 from .together import Together
 from .wandb_log import log_comparison
@@ -162,8 +163,7 @@ class PriorComparison(L.Callback):
         if self.max_overhead is None:
             return False
         training = time.perf_counter() - self._started - self.seconds
-        over = self.seconds > self.max_overhead * training
-        return bool(trainer.strategy.broadcast(over))
+        return bool(trainer.strategy.broadcast(self.seconds > self.max_overhead * training))
 
     # --- what
 
@@ -187,9 +187,10 @@ class PriorComparison(L.Callback):
         return {name: bound[name] for name in self.priors}
 
     def check(self, model: DiffusionModel) -> None:
-        """ValueError unless every candidate fits the model, and the scales its ladder."""
-        for guidance in self.candidates(model).values():
+        """ValueError unless every candidate fits the model and the sampler's steps, and the scales its ladder."""
+        for (name, _), guidance in self.candidates(model).items():
             guidance.check(model)
+            check_interval(name, guidance, self.sampler, model)
 
     def evaluate(
         self,
@@ -220,8 +221,9 @@ class PriorComparison(L.Callback):
         full: bool = False,
         on_step: Callable[[int, int], None] | None = None,
         parts: Parts | None = None,
+        encoded: Encoded | None = None,
     ) -> Drawn:
-        """The pictures of every arm on the first n held-out conditions; if `full`, with energies and costs."""
+        """The pictures of every arm on n held-out conditions, or as `encoded`; if `full`, with energies and costs."""
         check_enough(data, n, self._reference())
         device = pl_module.device
         with ExitStack() as stack:
@@ -230,42 +232,40 @@ class PriorComparison(L.Callback):
             model = stack.enter_context(pl_module.averaged())  # type: ignore[operator]
             candidates = self.candidates(model, scales)
             stack.enter_context(self.on_device(device, whole=full, quiet=rank > 0))
-            batch = data.held_out(n)
-            mine = share(n, rank, world)
-            part = to_device({name: rows(value, mine) for name, value in batch.items()}, device)
+            batch, mine = data.held_out(n), share(n, rank, world)
+            held = encoded or Encoded({name: rows(value, mine) for name, value in batch.items()})
+            condition, watch = partial(held.condition, model, device=device), Energies()
+            seeds, each = [self.seed + int(i) for i in mine], len(mine)
             if self.placement.few_bits and not full:
-                x_0, few = model.encode({name: value[:4] for name, value in part.items()})
-                candidates = self.placement.in_few_bits(candidates, model, x_0, few, quiet=rank > 0)
-            seeds = [self.seed + int(i) for i in mine]
+                few, x_0 = to_device(condition(min(4, each), 4), device), held.x_0(model, min(4, each), 4, device)
+                candidates = self.placement.in_few_bits(candidates, model, x_0.to(device), few, quiet=rank > 0)
             key = f"{device_name(device)}, {len(candidates)} arms"
             if parts is not None:
                 parts.open(drawn_from(model, candidates, batch, seeds, self.sampler, device))
                 self.sizes |= {key: parts.batch_size} if parts.batch_size else {}
 
-            def sample(size: int) -> tuple[Condition, dict[Arm, Tensor], Energies]:
-                condition, watch = encode(model, part, size), Energies()
-                options: dict[str, Any] = {"batch_size": size, "on_step": on_step, "parts": parts}
-                options["watch"] = watch if full else None
-                return condition, compare(model, condition, seeds, candidates, self.sampler, **options), watch
+            how: dict[str, Any] = {"on_step": on_step, "watch": watch if full else None, "parts": parts}
+
+            def sample(size: int) -> dict[Arm, Tensor]:
+                return compare(model, condition(each, size), seeds, candidates, self.sampler, batch_size=size, **how)
 
             def try_out(size: int) -> None:
-                few = {name: rows(value, torch.arange(size)) for name, value in part.items()}
                 quick = replace(self.sampler, steps=min(2, self.sampler.steps))
-                compare(model, encode(model, few, size), seeds[:size], candidates, quick, batch_size=size)
+                compare(model, condition(size, size), seeds[:size], candidates, quick, batch_size=size)
 
             size = self.sizes.get(key, self.batch_size)
             if size is None:  # processes that share a network's weights ask it equally often, and must not try
                 sharing = getattr(pl_module, "device_mesh", None) is not None
-                size = 8 if sharing else least(pl_module, found_by_trying(try_out, len(mine)), world)
+                size = 8 if sharing else least(pl_module, found_by_trying(try_out, each), world)
             together = Together(pl_module.trainer) if world > 1 else None
             with together.until_all_are_done() if together else nullcontext():
                 tried = together.trying(sample, model.network) if together else sample
-                (condition, pictures, watch), self.sizes[key] = within_memory(tried, size)
+                pictures, self.sizes[key] = within_memory(tried, size)
             if world > 1:
                 pictures = gather(pl_module, pictures, n, world)
             if not all(images.isfinite().all() for images in pictures.values()):
                 raise ValueError("the pictures are no longer finite: lower the learning rate, or clip gradients")
-            costs = costs_of(model, condition, candidates, self.sampler, self.sizes[key]) if full else {}
+            costs = costs_of(model, condition(each, 1), candidates, self.sampler, self.sizes[key]) if full else {}
             return Drawn(pictures, watch.means(), costs)
 
     @contextmanager

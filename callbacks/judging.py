@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ..sample.agreement import as_pictures, as_texts
 from ..sample.compare import compare
-from ..sample.evaluate import Drawn, Evaluation, judge, to_device
+from ..sample.evaluate import Drawn, Evaluation, judge
 from ..sample.guidance import Arm, Guidance
 from ..sample.health import Health, null_health
 from ..sample.saturation import saturation
 from ..sample.verdict import Rule
-from .shares import chunks
+from .shares import Encoded
 
 
 def judged(comparison: Any, drawn: Drawn, data: Any, device: torch.device, rule: Rule | None = None) -> Evaluation:
@@ -45,23 +45,24 @@ def judged(comparison: Any, drawn: Drawn, data: Any, device: torch.device, rule:
     return replace(evaluation, saturation=watched)
 
 
-def health(comparison: Any, pl_module: L.LightningModule, data: Any, n: int) -> dict[str, Health]:
-    """The null prediction of every network on n held-out pictures, see `null_health`."""
+def health(comparison: Any, pl_module: L.LightningModule, held: Encoded, n: int) -> dict[str, Health]:
+    """The null prediction of every network on the first n held-out pictures, see `null_health`."""
+    device, size = pl_module.device, min(comparison.sizes.values(), default=16)
     with isolate_rng(), torch.no_grad(), pl_module.averaged() as model:  # type: ignore[operator]
         priors = comparison._bind(model)
-        with comparison.on_device(pl_module.device):
-            encoded = [model.encode(to_device(chunk, pl_module.device)) for chunk in chunks(data.held_out(n), 16)]
-            condition = {name: torch.cat([part[name] for _, part in encoded]) for name in encoded[0][1]}
-            x_0 = torch.cat([clean for clean, _ in encoded])
+        with comparison.on_device(device):
+            x_0, condition = held.x_0(model, n, 16, device), held.condition(model, n, 16, device)
             plain = {name: prior for name, prior in priors.items() if prior is None or not prior.keep}
-            return null_health(model, plain, x_0, condition, batch_size=min(comparison.sizes.values(), default=16))
+            mix = {name: candidate.mix for name, candidate in comparison.priors.items()}
+            return null_health(model, plain, x_0, condition, mix=mix, batch_size=size)
 
 
-def unguided_pictures(comparison: Any, pl_module: L.LightningModule, data: Any, n: int) -> dict[str, Tensor]:
+def unguided_pictures(comparison: Any, pl_module: L.LightningModule, held: Encoded, n: int) -> dict[str, Tensor]:
     """What each prior draws by itself, its null prediction alone, from the comparison's first n noises: (n, C, H, W).
 
     At scale 0 the guided prediction is p_0, whatever the ladder. Priors that see a part of the condition are left out.
     """
+    size = min(comparison.sizes.values(), default=n)
     with isolate_rng(), torch.no_grad(), pl_module.averaged() as model:  # type: ignore[operator]
         scales = (0.0,) * len(model.ladder)
         bound = comparison._bind(model)
@@ -71,9 +72,7 @@ def unguided_pictures(comparison: Any, pl_module: L.LightningModule, data: Any, 
             if not candidate.keep
         }
         with comparison.on_device(pl_module.device):
-            condition = model.encode_condition(to_device(data.held_out(n), pl_module.device))
+            condition = held.condition(model, n, size, pl_module.device)
             seeds = [comparison.seed + i for i in range(n)]
-            drawn = compare(
-                model, condition, seeds, alone, comparison.sampler, batch_size=min(comparison.sizes.values(), default=n)
-            )
+            drawn = compare(model, condition, seeds, alone, comparison.sampler, batch_size=size)
     return {name: pictures for (name, _), pictures in drawn.items()}

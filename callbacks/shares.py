@@ -1,6 +1,6 @@
 """The held-out conditions of a comparison: enough of them, shared among ranks, encoded a few at a time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,6 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from ..sample.evaluate import to_device
 from ..sample.guidance import Arm
 from ..sample.model import Condition, DiffusionModel
 
@@ -28,16 +29,34 @@ def share(n: int, rank: int, world: int) -> Tensor:
     return torch.arange(rank, rank + world * -(-n // world), world) % n
 
 
-def encode(model: DiffusionModel, batch: dict[str, Any], size: int) -> Condition:
-    """The batch's condition, encoded `size` rows at a time."""
-    encoded = [model.encode_condition(chunk) for chunk in chunks(batch, size)]
-    return {name: torch.cat([part[name] for part in encoded]) for name in encoded[0]}
+class Encoded:
+    """A batch as a model's frozen encoders give it: every row encoded once, when it is first asked for, and kept on the
+    CPU, whatever the weights of the network."""
 
+    def __init__(self, batch: dict[str, Any]):
+        self.batch = batch
+        self._kept: dict[str, tuple[int, dict[str, Tensor]]] = {}
 
-def chunks(batch: dict[str, Any], size: int) -> Iterator[dict[str, Any]]:
-    """The batch, `size` rows at a time."""
-    for start in range(0, len(next(iter(batch.values()))), size):
-        yield {name: value[start : start + size] for name, value in batch.items()}
+    def condition(self, model: DiffusionModel, n: int, size: int, device: torch.device) -> Condition:
+        """The first n rows' condition, on the CPU; what is missing is encoded on the device, `size` rows at a time."""
+        return self._first("condition", model.encode_condition, n, size, device)
+
+    def x_0(self, model: DiffusionModel, n: int, size: int, device: torch.device) -> Tensor:
+        """The first n rows' x_0 (n, *shape), likewise."""
+        return self._first("x_0", lambda rows: {"x_0": model.encode_pixels(rows["pixels"])}, n, size, device)["x_0"]
+
+    def _first(
+        self, what: str, encode: Callable[[dict[str, Any]], dict[str, Tensor]], n: int, size: int, device: torch.device
+    ) -> dict[str, Tensor]:
+        done, kept = self._kept.get(what, (0, {}))
+        parts = [kept] if done else []
+        for start in range(done, n, size):
+            chunk = {name: value[start : min(start + size, n)] for name, value in self.batch.items()}
+            parts.append({name: part.cpu() for name, part in encode(to_device(chunk, device)).items()})
+        if n > done:
+            kept = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            self._kept[what] = n, kept
+        return {name: part[:n] for name, part in kept.items()}
 
 
 def rows(value: Any, rows: Tensor) -> Any:

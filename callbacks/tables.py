@@ -214,7 +214,7 @@ def terminal_table(record: Record) -> Table:
         columns.append([measured(*(10**power * part for part in value)) if value else "–" for value in found])
         head = "\n".join(metric(key).head.split()) + ("\n×10³" if power else "")
         table.add_column(head, justify="right", no_wrap=True)
-    costs = {"seconds_per_image": "time per\nimage", "evaluations": "evalu-\nations", "extra_bytes": "extra\nmemory"}
+    costs = {"seconds_per_image": "time per\nimage", "evaluations": "evalu-\nations", "peak_bytes": "peak\nmemory"}
     costs = {name: head for name, head in costs.items() if any(row.get(name) is not None for row in rows)}
     for head in costs.values():
         table.add_column(head, justify="right", no_wrap=True)

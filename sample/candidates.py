@@ -8,6 +8,7 @@ from typing import Any, Literal
 from .adapter_rows import unadapted
 from .checkpoint import read_checkpoint
 from .guidance import Arm, Guidance, Prior, Scales, unconditional
+from .loop import Sampler
 from .model import DiffusionModel, with_network
 
 
@@ -68,6 +69,18 @@ def arms(
         own = scales if override or candidate.scales is None else candidate.scales
         found |= {(name, at): candidate.guidance(at, bound[name]) for at in grid(own)}
     return found
+
+
+def check_interval(name: str, guidance: Guidance, sampler: Sampler, model: DiffusionModel) -> None:
+    """ValueError where the candidate's interval holds none of the sampler's steps, so that nothing would be guided."""
+    scheduler = sampler.make(model)
+    scheduler.set_timesteps(sampler.steps)
+    times = scheduler.timesteps.tolist()
+    if guidance.interval and not any(guidance.interval[0] <= t <= guidance.interval[1] for t in times):
+        raise ValueError(
+            f"{name}'s interval {list(guidance.interval)} holds none of the {len(times)} steps, which lie from "
+            f"{min(times):g} to {max(times):g} in the model's t: it would guide nothing"
+        )
 
 
 def at_checkpoint(model: DiffusionModel, path: str, weights: Literal["average", "model"]) -> DiffusionModel:

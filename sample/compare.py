@@ -46,10 +46,11 @@ def compare(
     """Pixels (N, C, H, W) in [0, 1], on the CPU, of every arm, from the same noise and conditions.
 
     Arms advance together, `batch_size` conditions at a time. Arms that evaluate no prior (lowest scale 1) and
-    are otherwise alike are sampled once. `on_step` is called with (steps done, steps in all). `watch` sees each step's
-    guided predictions. What `parts` holds is not sampled again; what is sampled is kept there.
+    are otherwise alike are sampled once. The condition may lie elsewhere than the model, and is moved by batches.
+    `on_step` is called with (steps done, steps in all). `watch` sees each step's guided predictions. What `parts` holds
+    is not sampled again; what is sampled is kept there.
     """
-    scheduler = sampler.make(model)
+    scheduler, (device, _) = sampler.make(model), device_and_dtype(model)
     unique: dict[object, Guidance] = {}
     same = {}
     for arm, guidance in candidates.items():
@@ -71,7 +72,7 @@ def compare(
 
         x_0 = trajectories(
             model,
-            {name: value[part] for name, value in condition.items()},
+            {name: value[part].to(device) for name, value in condition.items()},
             seeds[part],
             list(unique.values()),
             scheduler=scheduler,
@@ -149,16 +150,17 @@ def cost(
 
     `extra_bytes`: the prior's parameters and buffers, but those that it shares with the model.
     """
-    scheduler = sampler.make(model)
+    scheduler, (device, _) = sampler.make(model), device_and_dtype(model)
+    condition = {name: value.to(device) for name, value in condition.items()}
     scheduler.set_timesteps(sampler.steps)
     count = evaluations(guidance, scheduler.timesteps.tolist())
 
     def run(steps: int) -> None:
         trajectories(model, condition, seeds, [guidance], scheduler=scheduler, steps=steps, eta=sampler.eta)
-        if condition and next(iter(condition.values())).is_cuda:
+        if device.type == "cuda":
             torch.cuda.synchronize()
 
-    peak = peak_of(lambda: run(2), device_and_dtype(model)[0])
+    peak = peak_of(lambda: run(2), device)
     start = time.perf_counter()
     run(sampler.steps)
     seconds = (time.perf_counter() - start) / len(seeds)

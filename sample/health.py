@@ -44,6 +44,7 @@ def null_health(
     x_0: Tensor,
     condition: Condition,
     *,
+    mix: Mapping[str, float] | None = None,
     levels: int = 10,
     seed: int = 0,
     batch_size: int = 64,
@@ -51,7 +52,8 @@ def null_health(
     """The health of every prior on x_0 (N, *shape), at `levels` times spread evenly over the path's own.
 
     priors: bound onto the model; None is the model itself. condition: of the same rows, for parts that are never
-    dropped. Every prior sees the same noise, one draw per picture and level.
+    dropped. mix: the share of a prior whose rest is the model's own null prediction, as it guides. Every prior sees the
+    same noise, one draw per picture and level.
     """
     device, _ = device_and_dtype(model)
     bound = {name: prior or Prior(model, model) for name, prior in priors.items()}
@@ -68,11 +70,12 @@ def null_health(
             t = time.expand(len(clean))
             alpha, sigma = model.path.coefficients(t)
             x_t = add_noise(like(data_scale(model.path, t), clean) * clean, eps, alpha, sigma)
-            rows = {name: part[start : start + batch_size] for name, part in condition.items()}
+            rows = {name: part[start : start + batch_size].to(device) for name, part in condition.items()}
             own = _epsilon(Prior(model, model), x_t, t, rows)
             parts[""].append(_square(own - eps))
             for name, prior in bound.items():
                 found = own if prior.model is model and not prior.keep else _epsilon(prior, x_t, t, rows)
+                found = own.lerp(found, (mix or {}).get(name, 1.0))  # epsilon is affine in any prediction
                 parts[name].append(_square(found - eps))
                 far[name].append(_square(found - own))
         for name in losses:

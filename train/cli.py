@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     text = "a label, a prompt, or a picture's path; repeatable"
     given = {"action": "append", "default": [], "metavar": "NAME=VALUE", "help": text}
     compare.add_argument("--condition", **given)  # type: ignore[arg-type]
-    compare.add_argument("--seeds", default="0:4", help="with --condition: pictures alone, no verdict")
+    compare.add_argument("--seeds", default=None, help="with --condition (default: 0:4): pictures alone, no verdict")
 
     export = add("export", "write the fine-tuned model and its prior as one bundle, and check it")
     export.add_argument("run", help="the folder of a fit")
@@ -187,6 +187,10 @@ def _run(args: argparse.Namespace) -> int:
             raise UsageError("--reason goes with --override PRIOR:SCALE")
         if args.margin is not None and not (args.cheaper and 0 <= args.margin < float("inf")):
             raise UsageError(f"--margin goes with --cheaper and is 0 or more, got {args.margin}")
+        if args.seeds is not None and not args.condition:
+            raise UsageError("--seeds goes with --condition; a comparison's own seeds are the config's")
+        if args.conditions is not None and args.conditions < 1:
+            raise UsageError(f"--conditions must be at least 1, got {args.conditions}")
         if args.votes or args.override:
             decide_run(args.run, args.votes, parse_override(args.override), args.reason, args.out)
         elif args.watch:
@@ -200,7 +204,8 @@ def _run(args: argparse.Namespace) -> int:
         elif args.condition:
             if len(args.checkpoint) > 1:
                 raise UsageError("with --condition there is one --checkpoint")
-            compare_on(args.run, args.condition, args.seeds, next(iter(args.checkpoint), None), scales, args.out)
+            first = next(iter(args.checkpoint), None)
+            compare_on(args.run, args.condition, args.seeds or "0:4", first, scales, args.out)
         else:
             compare_run(args.run, args.checkpoint, scales, args.conditions, args.out)
     elif args.command == "export":
@@ -224,8 +229,8 @@ def parse_scales(text: str | None) -> list[tuple[float, ...]] | None:
         scales = [tuple(float(number) for number in part.split(":")) for part in text.split(",")]
     except ValueError:
         scales = []
-    if not scales or not all(isfinite(number) for part in scales for number in part):
-        raise UsageError(f"scales must look like 1,1.5,3 or 1.5:7.5, got {text!r}")
+    if not scales or not all(isfinite(number) and number >= 0 for part in scales for number in part):
+        raise UsageError(f"scales must look like 1,1.5,3 or 1.5:7.5, none below 0, got {text!r}")
     return scales
 
 

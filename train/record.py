@@ -28,6 +28,7 @@ from ..callbacks.figures import distances
 from ..callbacks.judging import health, judged, unguided_pictures
 from ..callbacks.quantities import AGREEMENTS, candidate_text, present
 from ..callbacks.records import shown, write_whole
+from ..callbacks.shares import Encoded, check_enough
 from ..sample import saturation
 from ..sample.candidates import Candidate
 from ..sample.checkpoints import at, parted
@@ -84,6 +85,8 @@ def full_comparison(
         callback.sizes |= json.loads(sizes.read_text())
     files = list(checkpoints) or [last_checkpoint(run)]
     steps: list[int | None] = []
+    check_enough(data, count, callback.num_reference if callback.metric_network else 0)
+    held = Encoded(data.held_out(count))  # for all checkpoints, whose encoders are frozen
     drawn: Drawn | None = None
     healths: dict[str, Any] = {}
     alone: dict[str, Tensor] = {}
@@ -101,14 +104,15 @@ def full_comparison(
             def advance(done: int, total: int, task: Any = task) -> None:
                 bar.update(task, completed=done, total=total)
 
-            one = callback.draw(fine_tune, data, count, scales=scales, full=True, on_step=advance, parts=parts)
+            how: dict[str, Any] = {"on_step": advance, "parts": parts, "encoded": held}
+            one = callback.draw(fine_tune, data, count, scales=scales, full=True, **how)
             if callback.batch_size is None:
                 write_whole(sizes, json.dumps(callback.sizes))
             one = one if step is None else one.at(step)
             drawn = one if drawn is None else drawn | one
             losses = bar.add_task("losses of the null", total=1)
-            healths |= health_of(callback, fine_tune, data, count, step)
-            for name, own in unguided_pictures(callback, fine_tune, data, min(ALONE, count)).items():
+            healths |= health_of(callback, fine_tune, held, count, step)
+            for name, own in unguided_pictures(callback, fine_tune, held, min(ALONE, count)).items():
                 alone[name if step is None else at(name, step)] = own
             bar.update(losses, completed=1)
             steps.append(step)
@@ -183,11 +187,11 @@ def read_off(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def health_of(
-    callback: PriorComparison, fine_tune: FineTune, data: Any, count: int, step: int | None
+    callback: PriorComparison, fine_tune: FineTune, held: Encoded, count: int, step: int | None
 ) -> dict[str, dict[str, Any]]:
     """The health of every prior, with a sentence for each but the model's own, under the names of the rows."""
     found = {}
-    for name, one in health(callback, fine_tune, data, count).items():
+    for name, one in health(callback, fine_tune, held, count).items():
         name = name if step is None else at(name, step)
         found[name] = {**one.to_json(), "sentence": in_words(name, one) if any(one.gap) else None}
     return found

@@ -16,6 +16,7 @@ from PIL import Image
 from priorguide.callbacks.comparison import PriorComparison
 from priorguide.callbacks.judging import unguided_pictures
 from priorguide.callbacks.records import LOGGED
+from priorguide.callbacks.shares import Encoded
 from priorguide.sample.compare import found_by_trying
 from priorguide.sample.loop import Sampler
 from priorguide.sample.models.pixel import PixelUNet
@@ -260,9 +261,9 @@ def test_the_full_comparison_times_and_decides():
 
 def test_what_priors_draw_alone_does_not_hang_on_the_condition():
     callback, tune, data = comparison(scales=[2.0]), tuning(), Pictures()
-    found = unguided_pictures(callback, tune, data, 3)
+    found = unguided_pictures(callback, tune, Encoded(data.held_out(3)), 3)
     data.held_part = {**data.held_part, "image": 1 - data.held_part["image"], "label": 2 - data.held_part["label"]}
-    again = unguided_pictures(callback, tune, data, 3)
+    again = unguided_pictures(callback, tune, Encoded(data.held_out(3)), 3)
     assert found.keys() == {"self", "base"} and found["self"].shape == (3, 1, 16, 16)
     assert all(torch.equal(found[name], again[name]) for name in found)
     assert not torch.allclose(found["self"], found["base"], atol=1e-3)
@@ -379,6 +380,7 @@ class Started(L.Callback):
         ({"priors": {"base": pixel_model(resolution=32, fold=4)}}, r"same channels|one latent space"),
         ({"scales": [[1.5, 7.5]]}, r"ladder of 1 rung\(s\) \(image\+label\) and takes as many scales, got 2"),
         ({"interval": (900.0, 100.0)}, r"interval must be \(low, high\)"),
+        ({"interval": (0.2, 0.9)}, r"self's interval \[0.2, 0.9\] holds none of the 3 steps"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_training(tmp_path, options, sentence):

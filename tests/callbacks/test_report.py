@@ -270,7 +270,7 @@ def test_terminal_table_fits_and_marks_the_winner():
     assert max(map(len, lines)) <= 100
     (winner,) = [line for line in lines if "▶" in line]
     assert winner.split()[:3] == ["▶", "base", "3"]
-    for cell in ("4.9 ± 0.3", "17.30 ± 0.09", "53.0 ± 1.6", "67.0 ± 1.4", "12.1 ms", "50", "2.9 MB"):
+    for cell in ("4.9 ± 0.3", "17.30 ± 0.09", "53.0 ± 1.6", "67.0 ± 1.4", "12.1 ms", "50", "12 MB"):
         assert cell in winner
     heads = " ".join(" ".join(lines[:6]).split())
     for head in ("prior", "scale", "Fréchet", "PSNR", "Accuracy", "Coverage", "time per", "ations", "memory"):
@@ -285,7 +285,7 @@ def test_terminal_table_says_the_power_of_ten_of_small_numbers():
 def test_terminal_table_folds_long_names_and_omits_what_is_missing():
     record = a_record()
     for entry in record["rows"]:
-        del entry["metrics"]["coverage"], entry["extra_bytes"]
+        del entry["metrics"]["coverage"], entry["peak_bytes"]
         entry["prior"] = {"base": "an earlier checkpoint of it"}.get(entry["prior"], entry["prior"])
     lines = terminal(record)
     assert max(map(len, lines)) <= 100 and "Coverage" not in "".join(lines) and "memory" not in "".join(lines)

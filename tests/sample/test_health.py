@@ -66,6 +66,16 @@ def test_it_is_paired_and_repeats():
     assert first.excess.error < 0.005
 
 
+def test_a_mix_lies_between_the_two():
+    true, wrong = Mixture(), other()
+    prior, x_0 = unconditional(wrong, onto=true), draws(true)
+    priors = {"own": prior, "half": prior, "all": prior}
+    found = null_health(true, priors, x_0, {}, mix={"own": 0.0, "half": 0.5}, levels=4)
+    assert found["own"].gap == (0.0,) * 4 and found["own"].excess.value == 0
+    assert found["half"].gap == pytest.approx([0.5 * gap for gap in found["all"].gap], rel=1e-4)
+    assert 0 < found["half"].excess.value < 0.5 * found["all"].excess.value  # a squared error is convex
+
+
 def test_words_for_a_tie():
     tie = Health((0.0,), (1.0,), (0.1,), Estimate(0.001, 0.002))
     assert in_words("base", tie) == (

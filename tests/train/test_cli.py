@@ -309,7 +309,10 @@ def test_a_disk_that_fills_up_while_sampling(refused, run, tmp_path, monkeypatch
 
 def test_scales_that_do_not_fit(refused, run, tmp_path):
     out = tmp_path / "out"
-    assert "scales must look like 1,1.5,3" in refused("compare", run, "--out", out, "--scales", "1;2", status=2)
+    for scales in ("1;2", "-1"):
+        assert "scales must look like 1,1.5,3" in refused("compare", run, "--out", out, "--scales", scales, status=2)
+    assert "--seeds goes with --condition" in refused("compare", run, "--out", out, "--seeds", "0:2", status=2)
+    assert "--conditions must be at least 1" in refused("compare", run, "--out", out, "--conditions", "0", status=2)
     assert "takes as many scales, got 2" in refused("compare", run, "--out", out, "--scales", "1.5:7.5")
     assert "takes as many scales, got 2" in refused("export", run, "--out", out, "--prior", "self", "--scale", "1:2")
     assert not out.exists()

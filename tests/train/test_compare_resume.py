@@ -16,6 +16,7 @@ from priorguide.sample import compare as comparing
 from priorguide.sample.compare import compare
 from priorguide.sample.guidance import Guidance, unconditional
 from priorguide.sample.loop import Sampler
+from priorguide.sample.models.pixel import PixelUNet
 from priorguide.sample.parts import Part, Parts, fingerprint
 from priorguide.sample.saturation import Energies
 from priorguide.train.cli import main
@@ -207,3 +208,23 @@ def test_the_numbers_of_each_checkpoint_are_its_own(longer):
         rows[name] = {(row["prior"], *row["scales"]): row["metrics"] for row in found}
     for step, name in ((2, "early"), (4, "late")):
         assert rows[name] == {(n.split("@")[0], s): m for (n, s), m in rows["both"].items() if n.endswith(f"@{step}")}
+
+
+def test_nothing_is_encoded_twice(longer, monkeypatch):
+    encoded = {"encode_condition": 0, "encode_pixels": 0}
+
+    def counted(name: str) -> None:
+        real = getattr(PixelUNet, name)
+
+        def encode(self, rows):
+            found = real(self, rows)
+            encoded[name] += len(found if name == "encode_pixels" else found["image"])
+            return found
+
+        monkeypatch.setattr(PixelUNet, name, encode)
+
+    for name in encoded:
+        counted(name)
+    checkpoints = [str(longer / "early.ckpt"), str(longer / "checkpoints" / "last.ckpt")]
+    assert main(["compare", str(longer), "--checkpoint", *checkpoints, *ARMS]) == 0
+    assert encoded == {"encode_condition": 20, "encode_pixels": 20}

@@ -98,7 +98,7 @@ def scrolling(table: Html, caption: str) -> Html:
 def numbers(record: Record, rows: Sequence[Record], caption: str, whole: bool = True) -> Html:
     """The rows as a table with the best value of each column in bold. `whole`: with costs (time and evaluations per
     picture, memory of the prior and of a batch) and with real pictures."""
-    keys = present(rows)
+    keys, floor = present(rows), record.get("floor") or {}
     costs = [name for name in COSTS if whole and any(row.get(name) is not None for row in rows)]
     best = {key: value for key in keys if (value := _best(rows, key)) is not None}
 
@@ -108,6 +108,13 @@ def numbers(record: Record, rows: Sequence[Record], caption: str, whole: bool = 
             return tag("td", "–")
         value = tag("b", number(*found)) if number(*found) == best.get(key) else number(*found)
         return tag("td", value, tag("small", f" ± {number(found[1], found[1])}") if found[1] else None)
+
+    def real(key: str) -> Html:  # to the digits of the rows above
+        found = reading(floor, key)
+        if found is None or found[1]:
+            return cell(floor, key)
+        errors = [value[1] for row in rows if (value := reading(row["metrics"], key)) and value[1]]
+        return tag("td", number(found[0], min(errors, default=0.0)))
 
     def cost(row: Record, name: str) -> Html:
         return tag("td", "–" if row.get(name) is None else COSTS[name][1](row[name]))
@@ -120,9 +127,8 @@ def numbers(record: Record, rows: Sequence[Record], caption: str, whole: bool = 
         bodies.setdefault(row["prior"] if whole else "", []).append(
             tag("tr", head, *cells, class_="chosen" if badge else None)
         )
-    floor = record.get("floor") or {}
     if whole and any(reading(floor, key) for key in keys):
-        cells = [cell(floor, key) for key in keys] + [tag("td", "–") for _ in costs]
+        cells = [real(key) for key in keys] + [tag("td", "–") for _ in costs]
         bodies["real"] = [
             tag("tr", tag("th", "unseen real pictures", scope="row", class_="free"), *cells, class_="soft")
         ]

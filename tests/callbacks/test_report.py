@@ -16,7 +16,7 @@ from priorguide.callbacks.charts import Line, Point, curves, tick_texts, ticks
 from priorguide.callbacks.gallery import BUDGET, most_different
 from priorguide.callbacks.quantities import duration, measured, memory, number
 from priorguide.callbacks.report import write_report
-from priorguide.callbacks.tables import terminal_table
+from priorguide.callbacks.tables import numbers, terminal_table
 
 
 @pytest.fixture(scope="module")
@@ -257,6 +257,11 @@ def test_the_record_is_left_as_it_was(tmp_path):
     write_report(tmp_path, record, some_pictures())
     terminal_table(record)
     assert record == before
+
+
+def test_real_pictures_are_told_to_the_digits_of_the_rows():
+    page = str(numbers(a_record(), a_record()["rows"], ""))
+    assert "<td>0.0002</td>" in page.partition("unseen real pictures")[2]  # a KID of 0.0002 beside ± 0.0011
 
 
 def terminal(record: dict, width: int = 100) -> list[str]:

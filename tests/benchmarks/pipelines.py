@@ -169,8 +169,13 @@ def main() -> None:
         print(json.dumps(peak()))
         return
     ways = {way: WAYS[way] for way in ("self", *(way for way in arguments.ways if way != "self"))}
+    if not arguments.no_memory:  # first: a process that starts counts, as its own peak, what its parent holds then
+        print("| peak memory beside self | |\n|---|---|")
+        alone = apart("self", arguments)
+        for way in [way for way, options in ways.items() if not {"scale", "refresh", "interval"} & set(options)]:
+            print(f"| {way} | {(apart(way, arguments) - alone) / 2**20:+.0f} MiB |", flush=True)
     parameters = sum(p.numel() for p in unet(0).parameters())
-    print(f"{parameters / 1e6:.1f} M parameters, {arguments.steps} steps of DDIM, {arguments.rounds} rounds")
+    print(f"\n{parameters / 1e6:.1f} M parameters, {arguments.steps} steps of DDIM, {arguments.rounds} rounds")
     for batch in arguments.batches:
         calls = {way: call(batch, arguments.steps, **options) for way, options in ways.items()}
         seconds = in_turns(calls, arguments.rounds)
@@ -186,11 +191,6 @@ def main() -> None:
             print(f"| {way} | {middle:.2f} | {beside(way, 'self')} | {own} + {other} | {held / 2**20:.0f} MiB |")
         if {LORA, "self, LoRA unmerged"} <= set(ways):
             print(f"\nLoRA's base beside self, LoRA unmerged: {beside(LORA, 'self, LoRA unmerged')}", flush=True)
-    if not arguments.no_memory:
-        print("\n| peak memory beside self | |\n|---|---|")
-        alone = apart("self", arguments)
-        for way in [way for way, options in ways.items() if not {"scale", "refresh", "interval"} & set(options)]:
-            print(f"| {way} | {(apart(way, arguments) - alone) / 2**20:+.0f} MiB |", flush=True)
 
 
 def apart(way: str, arguments: argparse.Namespace) -> int:

@@ -76,10 +76,14 @@ class Checkpoint(ModelCheckpoint):
             self._save_unsaved(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, Preempted):
-            self._save_unsaved(trainer)
-        else:
+        if not isinstance(exception, Preempted):
             super().on_exception(trainer, pl_module, exception)
+        # After the last step a run would not begin again to make the comparison that was left: it goes on from before.
+        elif trainer.global_step != trainer.max_steps or not self._has_last(trainer):
+            self._save_unsaved(trainer)
+
+    def _has_last(self, trainer: L.Trainer) -> bool:
+        return bool(trainer.strategy.broadcast((File(str(self.dirpath)) / "last.ckpt").is_file()))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._save_unsaved(trainer)

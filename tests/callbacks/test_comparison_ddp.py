@@ -43,4 +43,4 @@ def test_two_processes_compare_as_one_does(tmp_path, kind):
     assert not torch.equal(ranks[0]["rng"], ranks[1]["rng"])
     lines = (tmp_path / "two" / "compare" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 4]
-    assert len(list((tmp_path / "two" / "compare").iterdir())) == 3  # and two panels
+    assert len(list((tmp_path / "two" / "compare").iterdir())) == 4  # and two panels, and the last pictures

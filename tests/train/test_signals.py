@@ -61,6 +61,21 @@ def test_sigterm_saves_at_the_end_of_the_step(pictures, undisturbed, tmp_path, n
     assert same(held(tmp_path), held(undisturbed))
 
 
+def test_sigterm_in_the_last_step_costs_no_comparison(pictures, undisturbed, tmp_path):
+    """A run whose steps are all done would not begin again: this one goes on from the checkpoint before."""
+    with pytest.raises(Preempted):
+        fit(pictures, tmp_path, workers=0, steps=6, callbacks=(Terminate(11),))
+    assert held(tmp_path)["global_step"] == 4
+    fit(pictures, tmp_path, workers=0, steps=6, resume=True)
+    assert same(held(tmp_path), held(undisturbed))
+
+
+def test_sigterm_in_the_last_step_saves_where_nothing_was_saved_before(pictures, tmp_path):
+    with pytest.raises(Preempted):
+        fit(pictures, tmp_path, workers=0, steps=2, callbacks=(Terminate(4),))
+    assert held(tmp_path)["global_step"] == 2
+
+
 def test_sigterm_inside_a_comparison_stops_at_the_next_denoising_step(pictures, undisturbed, tmp_path, monkeypatch):
     evaluate, steps = PriorComparison.evaluate, []
 

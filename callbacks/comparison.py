@@ -26,7 +26,7 @@ from ..sample.parts import Parts
 from ..sample.saturation import Energies
 from ..sample.verdict import Rule
 from .judging import judged
-from .placement import Placement, Where, apart, buffers_to
+from .placement import Placement, Where, apart, buffers_to, without_copies
 from .records import write_comparison
 from .shares import Encoded, check_enough, gather, least, moved, rows, share
 from .showing import line
@@ -42,7 +42,7 @@ class PriorComparison(L.Callback):
 
     Args:
         priors: name -> model, or a `Candidate` with options of its own; null is the fine-tuned model itself, "base" of
-            a LoRA its network with the adapter off, which shares memory and batch with it.
+            a LoRA its network with the adapter off, which shares memory and batch with it, as does a model of its base.
         scales: guidance scales of those without their own, numbers or (for longer ladders) lists.
         sampler: scheduler, steps and options.
         every_n_steps: of the optimiser; due exactly then. None leaves it to `priorguide compare RUN --watch`.
@@ -117,6 +117,7 @@ class PriorComparison(L.Callback):
     # --- when
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.priors = without_copies(self.priors, pl_module.model)  # type: ignore[arg-type]
         self.check(pl_module.model)  # type: ignore[arg-type]
         check_enough(trainer.datamodule, self.num_conditions, self._reference())  # type: ignore[attr-defined]
 
@@ -243,7 +244,6 @@ class PriorComparison(L.Callback):
             if parts is not None:
                 parts.open(drawn_from(model, candidates, batch, seeds, self.sampler, device))
                 self.sizes |= {key: parts.batch_size} if parts.batch_size else {}
-
             how: dict[str, Any] = {"on_step": on_step, "watch": watch if full else None, "parts": parts}
 
             def sample(size: int) -> dict[Arm, Tensor]:

@@ -7,12 +7,15 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
 from ..sample.adapter_rows import Unadapted
 from ..sample.bits import bytes_of, reduce_bits
+from ..sample.candidates import Candidate
 from ..sample.guidance import Arm, Guidance, Prior
 from ..sample.model import Condition, DiffusionModel, with_network
+from ..sample.own_base import is_own_base
 from ..sample.precision import guided_change
 from .shares import moved
 
@@ -22,6 +25,21 @@ WORDS = {
     "cpu": "wait on the CPU between comparisons",
     "streamed": "are streamed from the CPU to {device}, layer by layer",
 }
+
+
+def without_copies(candidates: Mapping[str, Candidate], model: DiffusionModel) -> dict[str, Candidate]:
+    """The candidates, those whose prior is the base of the model's own adapter as "base", and said to be: the model's
+    network with the adapter off, so that the second one is let go."""
+    found = dict(candidates)
+    for name, candidate in candidates.items():
+        prior = candidate.prior
+        if isinstance(prior, DiffusionModel) and not candidate.keep and is_own_base(prior, model):
+            found[name] = replace(candidate, prior="base")
+            rank_zero_only(print)(
+                f"prior {name} is the adapter's own base, weight for weight: it is the network itself with the adapter "
+                f"off, and takes no memory of its own ({_size(bytes_of(prior.network))} let go)"
+            )
+    return found
 
 
 def apart(priors: Mapping[str, Prior | None]) -> dict[str, Prior]:

@@ -15,6 +15,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from ..callbacks.comparison import PriorComparison
+from ..callbacks.placement import without_copies
 from ..callbacks.preemption import Preemption
 from ..callbacks.records import write_whole
 from ..callbacks.redact import redact
@@ -116,6 +117,12 @@ class FitCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         trainer.callbacks.insert(0, Preemption())  # type: ignore[attr-defined]
         return trainer
+
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, PriorComparison):
+                callback.priors = without_copies(callback.priors, self.model.model)
 
     def before_fit(self) -> None:
         if self.config_init[self.subcommand].ckpt_path == "last":

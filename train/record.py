@@ -211,7 +211,8 @@ def candidates_of(callback: PriorComparison, evaluation: Evaluation, steps: Sequ
 
 def _options(candidate: Candidate) -> dict[str, Any]:
     options = {name: value for name, value in vars(candidate).items() if name not in ("prior", "scales")}
-    network = None if candidate.prior is None else type(candidate.prior).__name__
+    prior = candidate.prior
+    network = prior if prior is None or isinstance(prior, str) else type(prior).__name__
     return {"network": network, **portable(json.loads(json.dumps(options)))}
 
 

@@ -185,6 +185,38 @@ def test_a_run_compares_with_it(tmp_path):
         torch.testing.assert_close(shared, apart, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("weight", [0.0, 1e-3])
+def test_a_second_model_of_it_is_let_go(tmp_path, capsys, monkeypatch, weight):
+    """A prior that is the base, weight for weight, is the network with the adapter off, by the name that it has; one
+    that differs in a weight stays."""
+    torch.manual_seed(0)
+    tuning = FineTune(pixel(), [Drop(("image", "label"), 0.3)], 1e-2, lora=EVERYTHING, ema_decay=0.5)
+    second = pixel_model(3, num_classes=0, image_channels=0)
+    second.network.get_parameter("conv_out.bias").data[0] += weight
+    options = {"num_conditions": 4, "num_pictures": 2, "num_reference": 8, "batch_size": 4}
+    given = {"self": None, "mine": Candidate(second, mix=0.5), "kept": copy.deepcopy(second)}
+    callback = PriorComparison(given, [2.0], STEPS, every_n_steps=3, **options)
+    seen = []
+    callback.evaluate = lambda *a, **k: seen.append(PriorComparison.evaluate(callback, *a, **k)) or seen[-1]
+    trainer(tmp_path, 3, callbacks=[callback]).fit(tuning, Pictures())
+    said = [line.split(" is ")[0] for line in capsys.readouterr().out.splitlines() if "adapter's own base" in line]
+    held = [candidate.prior for candidate in callback.priors.values()]
+    with tuning.averaged() as model:
+        bound = callback.candidates(model)["mine", (2.0,)].prior
+        assert (held[1] is second) == bool(weight) and callback.priors["mine"].mix == 0.5
+        if weight:
+            assert said == [] and bound.model is second
+            return
+        assert held == [None, "base", "base"] and said == ["prior mine", "prior kept"]
+        assert isinstance(bound.model.network, Unadapted) and bound.model.network.network is model.network
+    monkeypatch.setattr("priorguide.callbacks.comparison.without_copies", lambda priors, model: priors)
+    apart = PriorComparison(given, [2.0], STEPS, every_n_steps=3, **options)
+    wanted = apart.evaluate(tuning, Pictures()).pictures
+    assert apart.priors["mine"].prior is second and seen[0].pictures.keys() == wanted.keys()
+    for arm, pictures in seen[0].pictures.items():
+        torch.testing.assert_close(pictures, wanted[arm], rtol=0, atol=1e-5)
+
+
 def test_without_an_adapter_it_is_refused():
     with pytest.raises(ValueError, match="prior 'base' is a network without its adapter, but UNet2DModel has none"):
         Candidate("base").bind(pixel())

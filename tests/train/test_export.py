@@ -1,7 +1,9 @@
 """`priorguide export`: aside, verified, then in place; adapters as base and adapter; how priors are stored."""
 
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from priorguide.callbacks.records import LOGGED, read_logged, write_logged
 from priorguide.sample.bundle import Bundle
 from priorguide.sample.candidates import Candidate
 from priorguide.sample.model import DiffusionModel
+from priorguide.sample.models import stable_diffusion
 from priorguide.sample.models.instruct_pix2pix import InstructPix2Pix
 from priorguide.sample.models.stable_diffusion import StableDiffusion
 from priorguide.train import export as exporting
@@ -93,6 +96,7 @@ def test_an_adapters_run_exports_its_base_and_the_adapter(adapted_run, tmp_path,
     assert main(["export", str(adapted_run), "--prior", prior, "--scale", "1.5:7.5", "--out", str(out)]) == 0
     bundle = Bundle.load(out)  # export has replayed it in a process of its own
     assert bundle.manifest["model"]["stored"] == {"form": "adapter"}
+    assert bundle.manifest["prior"]["stored"]["form"] == "part"
     assert load_file(out / "unconditional_unet" / "part.safetensors").keys() == {"conv_in.weight", "conv_in.bias"}
     base = StableDiffusion.tiny().network.state_dict()
     unet = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
@@ -101,6 +105,23 @@ def test_an_adapters_run_exports_its_base_and_the_adapter(adapted_run, tmp_path,
     told = bundle.manifest["provenance"]
     assert told["fine_tune"]["lora"]["rank"] == 16 and len(told["held_out_sha256"]) == 64
     assert str(adapted_run) not in (out / "priorguide.json").read_text()
+
+
+def test_the_configs_own_base_is_no_second_network(adapted_run, monkeypatch):
+    loaded, make = [], stable_diffusion.tiny_parts
+
+    def counted(in_channels):
+        loaded.append(weakref.ref((parts := make(in_channels)).network))
+        return parts
+
+    monkeypatch.setattr(stable_diffusion, "tiny_parts", counted)
+    cli, _ = load_run(adapted_run)
+    gc.collect()
+    assert len(loaded) == 2 and not any(network() for network in loaded)  # what it starts from, and the prior
+    record, _, _ = full_comparison(cli, {}, [(2.0, 4.0)])
+    assert record["candidates"]["sd15"]["network"] == record["candidates"]["base"]["network"] == "base"
+    bytes_by_prior = {row["prior"]: row["extra_bytes"] for row in record["rows"]}
+    assert bytes_by_prior["sd15"] == bytes_by_prior["self"] == 0
 
 
 def test_an_adapter_is_watched_for_saturation_against_its_base(adapted_run, tmp_path):

@@ -2,6 +2,8 @@
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -24,20 +26,14 @@ class Preemption(L.Callback):
     collective inside the signal handler, where the other processes may be in another one.
     """
 
-    asked, _whole = False, True
+    _whole = True
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Takes SIGTERM over from Lightning, which restores the handlers that were there when training ends."""
-        self.asked, self._whole, self._last_step = False, True, trainer.global_step
-
-        def note(*_: Any) -> None:
-            launcher = trainer.strategy.launcher
-            if not self.asked and hasattr(launcher, "kill"):
-                launcher.kill(signal.SIGTERM)  # type: ignore[union-attr] # the processes that this one started
-            self.asked = True
-
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, note)
+        self.asked, self._whole, self._last_step = _note_sigterm(trainer)[0], True, trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -57,13 +53,39 @@ class Preemption(L.Callback):
     def _stop_if_asked(self, trainer: L.Trainer, validating: bool = False) -> None:
         if not self._whole:
             return  # between micro-batches there is nothing to save: gradients are in no checkpoint
-        if not trainer.strategy.reduce_boolean_decision(self.asked, all=False):
+        if not trainer.strategy.reduce_boolean_decision(bool(self.asked), all=False):
             return
         if validating:  # Lightning takes up a validation that was left within a batch: here as if in the first one
             progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
             progress.reset_on_run()
             progress.total.processed = progress.total.completed = progress.total.started - 1
         raise stopped(trainer)
+
+
+def _note_sigterm(trainer: L.Trainer) -> tuple[list[int], Any]:
+    """(what a SIGTERM is put into from now on, which also passes it on to the processes that this one started, the
+    handler that was there before: None in a thread, where there is none)."""
+    asked: list[int] = []
+
+    def note(number: int, *_: Any) -> None:
+        launcher = trainer.strategy.launcher
+        if not asked and hasattr(launcher, "kill"):
+            launcher.kill(signal.SIGTERM)  # type: ignore[union-attr]
+        asked.append(number)
+
+    here = threading.current_thread() is threading.main_thread()
+    return asked, signal.signal(signal.SIGTERM, note) if here else None
+
+
+@contextmanager
+def sigterm_noted(trainer: L.Trainer) -> Iterator[list[int]]:
+    """Within it a SIGTERM ends nothing, but is in this list, on the processes that Lightning started too."""
+    asked, before = _note_sigterm(trainer)
+    try:
+        yield asked
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def stopped(trainer: L.Trainer) -> Preempted:

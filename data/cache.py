@@ -2,7 +2,9 @@
 
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path as File
 from typing import Any
@@ -14,6 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 MANIFEST = "cache.json"
+ABANDONED = 600
+"""Seconds after which nobody writes on at what was written aside."""
 SHARD_ROWS = 256
 """Samples in a file: what a run that is killed while it encodes loses at most, on each process."""
 
@@ -27,7 +31,8 @@ class Cache:
 
     folder: on storage that all machines of the run share.
     variants: how many draws of what is random in a training sample (crop, flip, view, frames) are kept of each row;
-        epoch e trains on draw e mod variants, which is what epoch e would have drawn without a cache.
+        epoch e trains on draw e mod variants, which is what epoch e would have drawn without a cache. Raised later, the
+        draws that are missing are encoded; lowered, fewer are used.
     """
 
     folder: str
@@ -39,7 +44,8 @@ class Cache:
 
 
 def plan(groups: Tensor, variants: int) -> list[list[Key]]:
-    """The samples of each shard, in order. groups (N,): rows of one group have parts of one shape, and share shards."""
+    """The samples of each shard, in order; fewer variants are the first shards of more. groups (N,): rows of one group
+    have parts of one shape, and share shards."""
     shards = []
     for variant in range(variants):
         for group in groups.unique().tolist():
@@ -53,16 +59,38 @@ def shard_path(folder: File, number: int) -> File:
 
 
 def write_shard(path: File, samples: Mapping[str, Tensor]) -> None:
-    """Written aside, onto the disk, then renamed: a shard is whole or not there."""
+    _write(path, save({name: part.contiguous() for name, part in samples.items()}))
+
+
+def write_manifest(folder: File, made: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / MANIFEST, (json.dumps(made, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _write(path: File, content: bytes) -> None:
+    """Written aside, onto the disk, then renamed: a file is whole or not there."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with aside.open("wb") as file:
-            file.write(save({name: part.contiguous() for name, part in samples.items()}))
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def asides(folder: File) -> list[File]:
+    """Files that a process writes, or was killed while it wrote."""
+    return [*folder.glob(f".{MANIFEST}.*"), *folder.glob(".samples-*.safetensors.*")]
+
+
+def remove_asides(folder: File) -> None:
+    """Those of processes that were killed: another run, on another machine too, may be at work on younger ones."""
+    for aside in asides(folder):
+        with suppress(FileNotFoundError):
+            if time.time() - aside.stat().st_mtime > ABANDONED:
+                aside.unlink()
 
 
 def is_whole(path: File, rows: int) -> bool:

@@ -4,8 +4,8 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path as File
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +16,19 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from ..callbacks.records import write_whole
-from ..data.cache import MANIFEST, SHARD_ROWS, Encoded, differences, is_whole, read_manifest, shard_path, write_shard
+from ..callbacks.preemption import sigterm_noted, stopped
+from ..data.cache import (
+    SHARD_ROWS,
+    Encoded,
+    asides,
+    differences,
+    is_whole,
+    read_manifest,
+    remove_asides,
+    shard_path,
+    write_manifest,
+    write_shard,
+)
 from ..data.fingerprint import fingerprint
 from ..data.loading import PictureData
 from ..sample.model import DiffusionModel
@@ -64,7 +75,8 @@ class Encoders:
 
 
 def fill(module: L.LightningModule, data: PictureData, encoders: Encoders) -> None:
-    """Encodes what the data's cache lacks; nothing at random is drawn from the run's generators.
+    """Encodes what the data's cache lacks; nothing at random is drawn from the run's generators. A SIGTERM stops it
+    on every process: at its next batch where it was sent to, elsewhere at the end of a shard.
 
     ValueError where the folder holds samples of other data, encoders or settings, or is not the same for all processes.
     """
@@ -80,10 +92,20 @@ def fill(module: L.LightningModule, data: PictureData, encoders: Encoders) -> No
     count, start = sum(len(encoded.shards[number]) for number in missing), time.perf_counter()
     if trainer.is_global_zero:
         print(f"cache: encoding {count} of {sum(map(len, encoded.shards))} training samples into {folder}", flush=True)
-    device = trainer.strategy.root_device
-    with isolate_rng(), encoders.at_hand(device), trainer.precision_plugin.forward_context():
-        _encode(encoders.model, data, encoded, missing[trainer.global_rank :: trainer.world_size], device)
-    trainer.strategy.barrier()
+    device, mine = trainer.strategy.root_device, missing[trainer.global_rank :: trainer.world_size]
+    with (
+        isolate_rng(),
+        encoders.at_hand(device),
+        trainer.precision_plugin.forward_context(),
+        sigterm_noted(trainer) as asked,
+        closing(_shards(encoders.model, data, encoded, mine, device, asked)) as shards,
+    ):
+        for _ in range(0, len(missing), trainer.world_size):  # as often on every process
+            next(shards, None)
+            if trainer.strategy.reduce_boolean_decision(bool(asked), all=False):
+                if trainer.is_global_zero:
+                    print("cache: stopped by a SIGTERM; the same command goes on from the shards there are", flush=True)
+                raise stopped(trainer)
     if lost := [number for number in missing if not is_whole(shard_path(folder, number), len(encoded.shards[number]))]:
         raise ValueError(f"{shard_path(folder, lost[0])} is missing: cache.folder must be one folder for all machines")
     if trainer.is_global_zero:
@@ -91,7 +113,11 @@ def fill(module: L.LightningModule, data: PictureData, encoders: Encoders) -> No
 
 
 @torch.no_grad()
-def _encode(model: DiffusionModel, data: PictureData, encoded: Encoded, numbers: list[int], device: Any) -> None:
+def _shards(
+    model: DiffusionModel, data: PictureData, encoded: Encoded, numbers: list[int], device: Any, asked: list[int]
+) -> Generator[int]:
+    """Encodes the shards of these numbers, one each time that it is asked for the next, until a signal is in `asked`:
+    then it leaves the one that it is at."""
     size, training = data.train_batch_size, model.training
     batches = [
         (number, keys[start : start + size])
@@ -103,6 +129,8 @@ def _encode(model: DiffusionModel, data: PictureData, encoded: Encoded, numbers:
     try:
         parts: list[dict[str, Tensor]] = []
         for (number, keys), batch in zip(batches, data.to_encode([keys for _, keys in batches]), strict=True):
+            if asked:
+                return
             if isinstance(batch, Exception):
                 raise batch
             batch = move_data_to_device(batch, device)
@@ -112,6 +140,7 @@ def _encode(model: DiffusionModel, data: PictureData, encoded: Encoded, numbers:
                 whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
                 write_shard(shard_path(encoded.folder, number), whole)
                 parts = []
+                yield number
     finally:
         model.training = training
 
@@ -147,18 +176,24 @@ def _weights(encoders: Encoders) -> str:
 
 
 def _claim(folder: File, made: dict[str, Any]) -> None:
-    """Makes the folder this cache's, or finds that it is. ValueError says what is otherwise."""
+    """Makes the folder this cache's, or finds that it is: its manifest names the most variants that were ever asked
+    for, of which any may be missing. ValueError says what is otherwise."""
     made = json.loads(json.dumps(made))
-    held = read_manifest(folder)
+    held, wanted = read_manifest(folder), made["variants"]
     if held is None:
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and {*folder.iterdir()} - {*asides(folder)}:
             raise ValueError(f"cache.folder must be new, empty or a cache, {folder} holds other files")
-        write_whole(folder / MANIFEST, json.dumps(made, indent=2, sort_keys=True) + "\n")
-    elif changed := differences(held, made):
+        write_manifest(folder, made)
+    elif isinstance(there := held.get("variants"), int) and not differences(held, made | {"variants": there}):
+        if wanted > there:
+            write_manifest(folder, made)
+    else:
+        changed = differences(held, made)
         raise ValueError(
             f"{folder} was encoded from something else ({'; '.join(changed)}): choose another cache.folder, or delete "
             "this one to encode anew"
         )
+    remove_asides(folder)
 
 
 def cache(args: list[str]) -> None:

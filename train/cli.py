@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     cache.usage = "priorguide cache --config FILE [--KEY VALUE ...]"
     cache.add_argument("--config", metavar="FILE", help="as for fit, which would encode what is missing too")
     cache.add_argument("--KEY", metavar="VALUE", help="any key, e.g. --data.init_args.cache.folder FOLDER")
+    cache.epilog = "Exit status: 75 after a SIGTERM; the same command goes on from what is encoded."
 
     compare = add("compare", "compare priors over scales with a run's checkpoint, and decide")
     compare.add_argument("run", help="the folder of a fit")

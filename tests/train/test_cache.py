@@ -16,6 +16,7 @@ from interrupted import fit, held, make_pictures
 from PIL import Image
 from runs import CONFIGS
 
+from priorguide.callbacks.preemption import Preempted
 from priorguide.data import cache as data_cache
 from priorguide.data.cache import Cache
 from priorguide.data.clips import Clips
@@ -26,6 +27,7 @@ from priorguide.sample.models.dit import DiT
 from priorguide.sample.models.dynamicrafter import DynamiCrafter
 from priorguide.sample.models.instruct_pix2pix import InstructPix2Pix
 from priorguide.sample.models.zero123 import Zero123
+from priorguide.train.cli import main
 from priorguide.train.fine_tune import FineTune
 from priorguide.train.objective import Drop
 
@@ -141,6 +143,134 @@ def test_a_run_on_a_cache_that_crashed_ends_as_the_undisturbed_one(tmp_path):
     assert same(held(tmp_path / "crashed"), held(tmp_path / "whole"))
 
 
+FLIPPED = {"random_flip": True}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def filled(folder: Path, variants: int, tmp_path: Path) -> dict[str, bytes]:
+    encode(InstructPix2Pix.tiny(), edits(folder, variants, **FLIPPED), tmp_path)
+    return contents(folder)
+
+
+def test_more_variants_later_are_those_made_at_once(tmp_path, capsys):
+    whole, folder = filled(tmp_path / "whole", 3, tmp_path), tmp_path / "cache"
+    first = filled(folder, 1, tmp_path)
+    before = times(folder)
+    capsys.readouterr()
+    assert filled(folder, 3, tmp_path) == whole
+    assert "cache: encoding 40 of 60 training samples" in capsys.readouterr().out
+    shards = [name for name in first if name != "cache.json"]
+    assert len(shards) == 3 and all(times(folder)[name] == before[name] for name in shards)
+
+
+def test_fewer_variants_later_are_the_first_of_them(tmp_path, capsys):
+    folder = tmp_path / "cache"
+    filled(folder, 3, tmp_path)
+    before = times(folder)
+    capsys.readouterr()
+    filled(folder, 2, tmp_path)
+    assert times(folder) == before and "encoding" not in capsys.readouterr().out
+    found = edits(folder, 2, **FLIPPED).encoded().__getitems__([(2, 5), (3, 5)])["posterior"]
+    wanted = edits(folder, 3, **FLIPPED).encoded().__getitems__([(0, 5), (1, 5)])["posterior"]
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("when", ["manifest", "shard"])
+def test_a_cache_that_was_killed_while_it_was_given_more_variants(tmp_path, monkeypatch, when):
+    """Before its manifest names them, or after, with one of their shards there: with more and with fewer it goes on."""
+    whole, folder, replace = filled(tmp_path / "whole", 3, tmp_path), tmp_path / "cache", os.replace
+    first = filled(folder, 1, tmp_path)
+
+    class Killed(BaseException):
+        """Nothing after it runs, as after a SIGKILL, but for what Python itself unwinds."""
+
+    def killed(source, target):
+        name = Path(target).name
+        if name == "cache.json" and when == "manifest" or name == "samples-00004.safetensors":
+            os.link(source, folder / Path(source).name.replace(str(os.getpid()), "1"))  # what was written aside stays
+            raise Killed
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "replace", killed)
+        filled(folder, 3, tmp_path)
+    assert (json.loads((folder / "cache.json").read_text())["variants"] == 1) == (when == "manifest")
+    left = [path for path in folder.iterdir() if path.name.startswith(".")]
+    assert len(left) == 1
+    assert first.items() - {("cache.json", first["cache.json"])} <= filled(folder, 1, tmp_path).items()
+    os.utime(left[0], (0, 0))  # long ago: nobody writes on at it
+    assert filled(folder, 3, tmp_path) == whole
+
+
+def test_a_cache_that_was_killed_at_its_manifest(tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / ".cache.json.1").write_text("{")
+    assert "samples-00002.safetensors" in filled(tmp_path / "cache", 1, tmp_path)
+
+
+@pytest.mark.parametrize("variants", ["1", 1.5, None, []])
+def test_a_manifest_of_no_number_of_variants_is_refused(cached, tmp_path, variants):
+    made = json.loads((cached / "cache.json").read_text())
+    (cached / "cache.json").write_text(json.dumps(made | {"variants": variants}))
+    with pytest.raises(ValueError, match="encoded from something else"):
+        encode(InstructPix2Pix.tiny(), edits(cached), tmp_path)
+
+
+# --- SIGTERM
+
+
+@pytest.fixture
+def terminated(monkeypatch):
+    """A SIGTERM as the nth batch is encoded; how many were."""
+    make, seen = InstructPix2Pix.posterior, []
+
+    def at(number: int) -> list[int]:
+        def posterior(self, pixels):
+            seen.append(len(pixels))
+            if len(seen) == number:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return make(self, pixels)
+
+        monkeypatch.setattr(InstructPix2Pix, "posterior", posterior)
+        return seen
+
+    return at
+
+
+def test_sigterm_while_a_fit_encodes_stops_at_the_next_batch(cached, tmp_path, terminated, capsys):
+    """Two batches of four make a shard: the third is in the second one, which is lost."""
+    folder, seen = tmp_path / "other", terminated(3)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted) as stop:
+        tuned(edits(folder), tmp_path)
+    assert stop.value.code == 75 and signal.getsignal(signal.SIGTERM) == before and len(seen) == 3
+    assert sorted(times(folder)) == ["cache.json", "samples-00000.safetensors"]
+    assert "cache: stopped by a SIGTERM; the same command goes on" in capsys.readouterr().out
+    kept = times(folder)
+    tune = tuned(edits(folder), tmp_path)
+    assert contents(folder) == contents(cached) and kept.items() <= times(folder).items()
+    assert same(weights(tune), weights(tuned(edits(cached), tmp_path)))
+
+
+def test_sigterm_while_the_command_encodes(tmp_path, terminated):
+    more = ("--trainer.default_root_dir", str(tmp_path / "run"), "--data.init_args.train_batch_size", "4")
+    arguments = command(tmp_path / "cache", "cache", *more, "--data.init_args.max_train_samples", "20")[3:]
+    terminated(3)
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 75
+    kept = times(tmp_path / "cache")
+    assert sorted(kept) == ["cache.json", "samples-00000.safetensors"]
+    assert main(arguments) == 0
+    assert kept.items() <= times(tmp_path / "cache").items()
+    arguments[arguments.index(str(tmp_path / "cache"))] = str(tmp_path / "whole")
+    assert main(arguments) == 0
+    assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
+
+
 # --- faults
 
 
@@ -164,7 +294,7 @@ def test_a_killed_or_torn_cache_is_completed(cached, tmp_path):
         ({"random_flip": True}, "pictures.random_flip None, now True"),
         ({"max_train_samples": 16}, "rows 20, now 16"),
         ({"seed": 1}, "other data"),
-        ({"variants": 2, "random_flip": True}, "variants 1, now 2"),
+        ({"variants": 2, "random_flip": True}, "pictures.random_flip None, now True"),
     ],
 )
 def test_a_cache_of_other_data_is_refused(cached, tmp_path, change, words):
@@ -229,7 +359,9 @@ def command(folder: Path, name: str, *more: str, devices: int = 1) -> list[str]:
 
 
 @pytest.mark.slow
-def test_two_processes_that_are_killed_go_on_where_they_were(tmp_path):
+@pytest.mark.parametrize("by", ["SIGKILL", "SIGTERM"])
+def test_two_processes_that_are_killed_go_on_where_they_were(tmp_path, by):
+    """Both by a SIGKILL; by a SIGTERM that the first one alone is sent."""
     folder = tmp_path / "cache"
     more = ("--data.init_args.max_train_samples", "1500", "--trainer.strategy", "ddp")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -237,7 +369,11 @@ def test_two_processes_that_are_killed_go_on_where_they_were(tmp_path):
     with subprocess.Popen(encoding, env=environment, start_new_session=True) as run:
         while len(list(folder.glob("samples-*"))) < 3 and run.poll() is None:
             time.sleep(0.05)
-        os.killpg(run.pid, signal.SIGKILL)
+        if by == "SIGKILL":
+            os.killpg(run.pid, signal.SIGKILL)
+        else:
+            run.terminate()
+            assert run.wait(60) == 75
     before = {name: at for name, at in times(folder).items() if not name.startswith(".")}
     done = subprocess.run(encoding, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -14,7 +14,8 @@ from torch.utils.data import Dataset, get_worker_info
 from .cache import Cache
 from .decoding import ANIMATED, VIDEOS, need_video_reader, read_clip
 from .listings import METADATA, Listing, picture_in, read_metadata, split_folders
-from .loading import EpochOrder, Order, PictureData
+from .loading import PictureData
+from .orders import EpochOrder, Order
 from .shapes import FPS, LENGTH, MovingShape
 from .sources import BadImages, Images, first_readable
 

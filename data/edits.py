@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from . import fashion
+from .buckets import Buckets
 from .cache import Cache
 from .images import fit
 from .loading import PictureData
@@ -35,6 +36,8 @@ class EditPairs(PictureData):
     train_batch_size, max_train_samples, max_val_samples, val_fraction, seed, num_workers, max_bad_images: as in
         `LabelledImages`. A pair with an unreadable picture is skipped whole.
     cache: where encoded training samples are kept, see `Cache`; null encodes at every step.
+    buckets: cuts training pairs to sizes of their edited picture's aspect ratio, both pictures alike, see `Buckets`;
+        validation pairs stay R x R.
 
     ValueError, on first use, for a bad source, columns that cannot be told, a pair without instruction or picture.
     """
@@ -56,9 +59,10 @@ class EditPairs(PictureData):
         num_workers: int = 0,
         max_bad_images: int = 10,
         cache: Cache | None = None,
+        buckets: Buckets | None = None,
     ):
         sizes = (train_batch_size, max_train_samples, max_val_samples, val_fraction)
-        super().__init__(*sizes, seed, num_workers, cache=cache)
+        super().__init__(*sizes, seed, num_workers, cache=cache, buckets=buckets, resolution=resolution)
         self.center_crop, self.random_flip = center_crop, random_flip
         columns = Columns(original_image_column, edited_image_column, edit_prompt_column)
         self._source = partial(open_pairs, source, columns, resolution, max_bad_images)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,7 +25,18 @@ Place = tuple[float, float]
 Size = int | tuple[int, int]
 """Of what is cut out: the side of a square, or (height, width)."""
 
+ORIENTATION = ExifTags.Base.Orientation
+
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+def _open(source: str | File | Mapping[str, Any] | None) -> Image.Image:
+    file: Any = source
+    if isinstance(source, Mapping):
+        file = source["path"] if source["bytes"] is None else io.BytesIO(source["bytes"])
+    if file is None:
+        raise ValueError("there is no picture")
+    return Image.open(file)
 
 
 def decode(
@@ -41,13 +52,20 @@ def decode(
     white; CMYK, palettes and 16-bit grey are converted. With `pad`, small grey pictures may be padded; see `fit`.
     One of `UNREADABLE` is raised for a bad file.
     """
-    file: Any = source
-    if isinstance(source, Mapping):
-        file = source["path"] if source["bytes"] is None else io.BytesIO(source["bytes"])
-    if file is None:
-        raise ValueError("there is no picture")
-    with Image.open(file) as opened:
+    with _open(source) as opened:
         return convert(opened, resolution, channels, pad, place)
+
+
+def upright_size(source: str | File | Mapping[str, Any] | None) -> tuple[int, int] | None:
+    """(height, width) of what `decode` would see, by the picture's header alone; None where that cannot be read."""
+    try:
+        with _open(source) as opened:
+            width, height = opened.size
+            # Pillow turns the size of a TIFF itself, and would decode a PNG to look for its tags behind the pixels.
+            turned = opened.format != "TIFF" and Image.Image.getexif(opened).get(ORIENTATION, 1) in (5, 6, 7, 8)
+    except UNREADABLE:
+        return None
+    return (width, height) if turned else (height, width)
 
 
 def convert(opened: Image.Image, resolution: Size, channels: int, pad: bool, place: Place | None = None) -> Tensor:

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .buckets import Buckets
 from .cache import Cache
 from .loading import PictureData
 from .sources import Images, open_source
@@ -32,6 +33,7 @@ class LabelledImages(PictureData):
     random_flip: mirrors a training picture with probability 1/2, as (seed, epoch, which picture) have it.
     max_bad_images: so many unreadable pictures are reported and skipped; one more ends the run with a list.
     cache: where encoded training samples are kept, see `Cache`; null encodes at every step.
+    buckets: cuts training pictures to sizes of their own aspect ratio, see `Buckets`; validation pictures stay R x R.
 
     ValueError, on first use, for a bad source, an empty folder, labels outside [0, num_classes), a bad range.
     """
@@ -55,6 +57,7 @@ class LabelledImages(PictureData):
         image_column: str | None = None,
         label_column: str | None = None,
         cache: Cache | None = None,
+        buckets: Buckets | None = None,
     ):
         if channels not in (1, 3):
             raise ValueError(f"channels must be 1 or 3, got {channels}")
@@ -67,6 +70,8 @@ class LabelledImages(PictureData):
             num_workers,
             find(transform) if isinstance(transform, str) else transform,
             cache,
+            buckets,
+            resolution,
         )
         self.train_range, self.random_flip = train_range, random_flip
         self._source = partial(

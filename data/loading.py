@@ -1,20 +1,21 @@
-"""What the data modules of pictures share: splits, orders, loaders that resume in mid-epoch."""
+"""What the data modules of pictures share: splits, what is drawn at random, loaders."""
 
 import hashlib
-import itertools
 import random
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from functools import cached_property, partial
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
 
+from .buckets import Bucketed, Buckets, describe, nearest
 from .cache import Cache, Encoded, Key
+from .orders import Batches, EpochOrder, Loader, Order
 from .sources import Images
 from .tasks import Batch, Transform
 
@@ -30,7 +31,8 @@ class Splits(NamedTuple):
 class PictureData(LightningDataModule, ABC):
     """Training and validation pictures from one source; each data module says what `_open` reads.
 
-    The options are those of `LabelledImages`; `transform` makes the batches of the source those of the task.
+    The options are those of `LabelledImages`; `transform` makes the batches of the source those of the task. `buckets`
+    need the `resolution` of the source, whose pictures tell their `sides`, or are squares.
     """
 
     center_crop, random_flip = True, False
@@ -45,6 +47,8 @@ class PictureData(LightningDataModule, ABC):
         num_workers: int,
         transform: Transform = dict,
         cache: Cache | None = None,
+        buckets: Buckets | None = None,
+        resolution: int = 0,
     ):
         super().__init__()
         for name, value in (("max_train_samples", max_train_samples), ("max_val_samples", max_val_samples)):
@@ -55,6 +59,7 @@ class PictureData(LightningDataModule, ABC):
         self.train_batch_size, self.seed, self.num_workers = train_batch_size, seed, num_workers
         self.max_train_samples, self.max_val_samples = max_train_samples, max_val_samples
         self.val_fraction, self.transform, self.cache = val_fraction, transform, cache
+        self.buckets, self.sizes = buckets, buckets.sizes(resolution) if buckets else []
 
     @abstractmethod
     def _open(self) -> tuple[Images, Images | None, tuple[str, ...]]:
@@ -82,20 +87,41 @@ class PictureData(LightningDataModule, ABC):
 
     def setup(self, stage: str | None = None) -> None:
         _ = self.splits
+        if stage == "fit" and self.trainer is not None:  # a comparison outside a trainer reads no headers
+            _ = self.groups  # by all processes at once
 
-    def train_dataloader(self) -> "Loader":
+    @cached_property
+    def groups(self) -> Tensor | None:
+        """Which of `sizes` each training picture is cut to (N,); None without buckets.
+
+        The first process reads the pictures' headers, and tells the others: a file that one process alone cannot read
+        for a moment must not give it an order of its own.
+        """
+        if self.buckets is None:
+            return None
+        groups, first = None, self.trainer is None or self.trainer.is_global_zero
+        if first:
+            pictures = self.splits.train
+            sides = pictures.sides() if hasattr(pictures, "sides") else torch.ones(len(pictures), 2)
+            groups = nearest(sides, self.sizes)
+            print(describe(groups, self.sizes, int((sides == 0).any(1).sum())), flush=True)
+        return groups if self.trainer is None else self.trainer.strategy.broadcast(groups)
+
+    def train_dataloader(self) -> Loader:
         """Shuffled, and what is random drawn by (seed, epoch); divided among the devices, the last partial batch
-        dropped. With a cache, its samples, in the same order."""
+        dropped, or with buckets made smaller. With a cache, its samples, in the same order."""
         if self.cache is not None:
             return self._loader(self.encoded(), EpochOrder, shuffle=True, transform=dict)
         return self._loader(*self.training(), shuffle=True)
 
-    def training(self) -> tuple[Any, type["Order"]]:
+    def training(self) -> tuple[Any, type[Order]]:
         """The training pictures, and the order that asks for them: one that names the epoch where a draw follows from
         it."""
+        pictures, groups = self.splits.train, self.groups
+        shown = pictures if groups is None or not groups.any() else Bucketed(pictures, groups, self.sizes)
         if self.center_crop and not self.random_flip:
-            return self.splits.train, Order
-        return Augmented(self.splits.train, self.seed, self.center_crop, self.random_flip), EpochOrder
+            return shown, Order
+        return Augmented(shown, self.seed, self.center_crop, self.random_flip), EpochOrder
 
     def encoded(self) -> Encoded:
         """The cache's samples, there or not yet. ValueError where it would hold the same draws several times."""
@@ -104,22 +130,23 @@ class PictureData(LightningDataModule, ABC):
             raise ValueError(
                 f"nothing of these data is drawn at random: set cache.variants to 1, not {self.cache.variants}"
             )
-        return Encoded(self.cache, torch.zeros(len(self.splits.train), dtype=torch.long))
+        alike = torch.zeros(len(self.splits.train), dtype=torch.long)
+        return Encoded(self.cache, alike if self.groups is None else self.groups)
 
     def to_encode(self, keys: Sequence[Sequence[Key]]) -> DataLoader:
         """Training batches as the model encodes them, of these samples each."""
         pictures, order = self.training()
         wanted = keys if order is EpochOrder else [[row for _, row in batch] for batch in keys]
         return DataLoader(
-            pictures,
-            batch_sampler=wanted,  # type: ignore[arg-type]
-            collate_fn=partial(_collate, self.transform),
+            Batches(pictures, self.transform),
+            batch_size=None,
+            sampler=wanted,
             num_workers=self._workers(),
             worker_init_fn=_leave_sigterm,
             generator=torch.Generator().manual_seed(0),
         )
 
-    def val_dataloader(self) -> "Loader":
+    def val_dataloader(self) -> Loader:
         return self._loader(self.splits.held, Order, shuffle=False)
 
     def held_out(self, n: int, offset: int = 0) -> Batch:
@@ -149,21 +176,19 @@ class PictureData(LightningDataModule, ABC):
     def _workers(self) -> int:
         return self.num_workers if getattr(self.splits.train, "decodes", False) else 0
 
-    def _loader(self, images: Any, order: type["Order"], shuffle: bool, transform: Transform | None = None) -> "Loader":
+    def _loader(self, images: Any, order: type[Order], shuffle: bool, transform: Transform | None = None) -> Loader:
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        workers = self._workers()
-        sampler = order(images, world, rank, shuffle=shuffle, seed=self.seed, drop_last=shuffle)
-        if shuffle and len(sampler) < self.train_batch_size:
+        workers, groups = self._workers(), self.groups if shuffle else None
+        sampler = order(images, self.train_batch_size, world, rank, shuffle=shuffle, seed=self.seed, groups=groups)
+        if not len(sampler):
             raise ValueError(
-                f"train_batch_size must be at most the training pictures of a device ({len(sampler)}), "
+                f"train_batch_size must be at most the training pictures of a device ({sampler.num_samples}), "
                 f"got {self.train_batch_size}"
             )
         return Loader(
-            images,
-            batch_size=self.train_batch_size,
+            Batches(images, transform or self.transform),
+            batch_size=None,  # whole batches are asked for
             sampler=sampler,
-            drop_last=shuffle,
-            collate_fn=partial(_collate, transform or self.transform),
             num_workers=workers,
             persistent_workers=workers > 0,
             worker_init_fn=_leave_sigterm,
@@ -175,23 +200,6 @@ class PictureData(LightningDataModule, ABC):
 def _leave_sigterm(_: int) -> None:
     """A signal to the whole process group is the run's to answer: a worker that died of it would end the run badly."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-class Order(DistributedSampler):
-    """Each epoch's order follows from (seed, epoch) alone. `start`: how many samples the next iteration leaves out."""
-
-    start = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        start, self.start = self.start, 0
-        return itertools.islice(super().__iter__(), start, None)
-
-
-class EpochOrder(Order):
-    """Yields (epoch, index): the loader's workers outlive an epoch, and learn of the next one in no other way."""
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((self.epoch, index) for index in super().__iter__())
 
 
 class Augmented(Dataset):
@@ -214,31 +222,6 @@ class Augmented(Dataset):
             for name in {"pixels", "image"} & batch.keys():
                 batch[name][flip] = batch[name][flip].flip(-1)
         return batch
-
-
-class Loader(DataLoader):
-    """A loader that resumes in mid-epoch (Lightning calls `state_dict`, `load_state_dict`), and in which an exception
-    from a worker stays the one sentence that it was."""
-
-    given = 0  # batches of this epoch handed out
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        self.given = self.sampler.start // self.batch_size  # type: ignore[attr-defined, operator]
-        for batch in super().__iter__():
-            if isinstance(batch, Exception):
-                raise batch
-            self.given += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        return {"batches": self.given % len(self)}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.sampler.start = state["batches"] * self.batch_size  # type: ignore[attr-defined, operator]
-
-
-def _collate(transform: Transform, batch: Batch | Exception) -> Batch | Exception:
-    return batch if isinstance(batch, Exception) else transform(batch)
 
 
 def _shuffled(n: int, seed: int) -> Tensor:

@@ -7,6 +7,7 @@ a batch key for each.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain, repeat
 from pathlib import Path as File
@@ -17,10 +18,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from . import fashion
-from .images import UNREADABLE, Place, decode, fit
+from .images import UNREADABLE, Place, Size, decode, fit, upright_size
 from .listings import list_folder, list_rows, number_classes, read_splits
 
 log = logging.getLogger(__name__)
+
+THREADS = 16
+"""That read headers, which is for the most part waiting for files."""
 
 
 class BadImages(ValueError):
@@ -112,11 +116,28 @@ class FileImages(Dataset):
         settings = (self.resolution, self.channels, self.max_bad_images)
         return FileImages(self.pictures, self.labels, self.texts, *settings, rows=self.rows[rows], check=self.check)
 
-    def __getitems__(self, indices: Sequence[int], places: Sequence[Place] | None = None) -> Any:
-        """The batch; `places`: where each row's squares are cut out, the centre if absent."""
+    def sides(self) -> Tensor:
+        """The upright height and width (N, 2) of each row's picture, of pairs the edited one, by their headers alone;
+        zeros where one cannot be read."""
+        pictures = self.pictures
+        if hasattr(pictures, "select_columns"):  # of `datasets`, which would read the other pictures too
+            pictures = pictures.select_columns("pixels")
+
+        def read(row: int) -> tuple[int, int]:
+            picture = pictures[row]
+            return upright_size(picture if isinstance(picture, File) else picture.get("pixels")) or (0, 0)
+
+        with ThreadPoolExecutor(THREADS) as threads:
+            return torch.tensor(list(threads.map(read, self.rows.tolist()))).reshape(-1, 2)
+
+    def __getitems__(
+        self, indices: Sequence[int], places: Sequence[Place] | None = None, sizes: Sequence[Size] | None = None
+    ) -> Any:
+        """The batch; `places`: where each row's pictures are cut out, the centre if absent; `sizes`: of what is cut
+        out, squares if absent."""
         try:
-            wanted = zip(indices, places or repeat(None), strict=False)
-            found = [self._read(int(index), place) for index, place in wanted]
+            wanted = zip(indices, places or repeat(None), sizes or repeat(self.resolution), strict=False)
+            found = [self._read(int(index), place, size) for index, place, size in wanted]
         except BadImages as error:
             if get_worker_info() is None:
                 raise
@@ -131,14 +152,14 @@ class FileImages(Dataset):
             batch["text"] = [self.texts[row] for row in rows.tolist()]
         return batch
 
-    def _read(self, index: int, place: Place | None) -> tuple[int, dict[str, Tensor]]:
+    def _read(self, index: int, place: Place | None, size: Size) -> tuple[int, dict[str, Tensor]]:
         def read(row: int) -> dict[str, Tensor]:
             pictures, found = self._pictures(row), {}
             if self.check is not None:
                 self.check(int(self.rows[row]))
             for key, picture in pictures.items():  # the pictures of a row are fitted alike: none alone is padded
                 try:
-                    found[key] = decode(picture, self.resolution, self.channels, pad=len(pictures) == 1, place=place)
+                    found[key] = decode(picture, size, self.channels, pad=len(pictures) == 1, place=place)
                 except UNREADABLE:
                     self.bad[row] = 1 + len(found)
                     raise

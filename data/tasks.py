@@ -61,7 +61,8 @@ def turn(pixels: Tensor, turns: Tensor) -> Tensor:
     """pixels (B, C, H, W) turned by turns (B,) x 45 degrees about the centre; bilinear, zeros from outside."""
     angle = turns * (2 * math.pi / TURNS)
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    matrix = torch.stack([cos, -sin, zero, sin, cos, zero], 1).reshape(-1, 2, 3).to(pixels)
+    across = pixels.shape[-1] / pixels.shape[-2]  # places go from -1 to 1 on the longer side as on the shorter
+    matrix = torch.stack([cos, -sin / across, zero, sin * across, cos, zero], 1).reshape(-1, 2, 3).to(pixels)
     grid = F.affine_grid(matrix, list(pixels.shape), align_corners=False)
     return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 

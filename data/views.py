@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 
 from .cache import Cache
 from .listings import split_folders
-from .loading import EpochOrder, Order, PictureData
+from .loading import PictureData
+from .orders import EpochOrder, Order
 from .solids import draw_camera, draw_solid, render
 from .sources import FileImages, Images, MemoryImages
 

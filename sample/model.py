@@ -39,6 +39,8 @@ class DiffusionModel(nn.Module, ABC):
     """The condition parts that are never dropped and on no rung of the ladder: `null` leaves them as they are."""
     shape: tuple[int, ...]
     """One x_0, without the batch: (C, H, W), or (C, F, H, W) where there is time."""
+    side_step: int | None = None
+    """Training pixels may have any sides that are multiples of it, beside those of `shape`; None: only `shape`'s."""
     space: str
     """Names what x_0 means (the autoencoder and its scale): predictions mix only within one space."""
     licence: str | None = None
@@ -176,6 +178,13 @@ def with_network(model: DiffusionModel, network: nn.Module) -> DiffusionModel:
     twin = copy.copy(model)
     twin._modules = {**model._modules, "network": network}
     return twin
+
+
+def picture_sides(batch: Mapping[str, Any], side: int) -> tuple[int, int]:
+    """(H, W) that a condition's picture must have: those of oblong "pixels" beside it, which are training's, or else
+    `side`, the model's own."""
+    height, width = batch["pixels"].shape[-2:] if "pixels" in batch else (side, side)
+    return (side, side) if height == width else (height, width)
 
 
 def plain_config(network: Any) -> dict[str, Any]:

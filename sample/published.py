@@ -164,9 +164,14 @@ def factor(vae: AutoencoderKL) -> int:
     return 2 ** (len(vae.config["block_out_channels"]) - 1)
 
 
+def least_side(network: Any, vae: AutoencoderKL) -> int:
+    """What sides in pixels are multiples of, so that the U-Net can halve their latents at each level."""
+    return factor(vae) * 2 ** (len(network.config["block_out_channels"]) - 1)
+
+
 def latent_side(network: Any, vae: AutoencoderKL, resolution: int) -> int:
     """The latents' side for pictures of `resolution`. ValueError unless the U-Net can halve it at each level."""
-    least = factor(vae) * 2 ** (len(network.config["block_out_channels"]) - 1)
+    least = least_side(network, vae)
     if resolution % least:
         raise ValueError(f"resolution must be a multiple of {least}, got {resolution}")
     return resolution // factor(vae)

@@ -16,6 +16,7 @@ from PIL import Image
 
 from priorguide.callbacks.comparison import PriorComparison
 from priorguide.callbacks.preemption import Preemption
+from priorguide.data.buckets import Buckets
 from priorguide.data.cache import Cache
 from priorguide.data.labelled import LabelledImages
 from priorguide.sample.loop import Sampler
@@ -27,13 +28,13 @@ STEPS = 11
 """Of the optimiser: in mid-epoch, and no multiple of what is due."""
 
 
-def make_pictures(folder: Path, train: int = 39) -> Path:
-    """`train` grey pictures to train on and 12 to validate with, in folders of three classes."""
+def make_pictures(folder: Path, train: int = 39, shapes: tuple[tuple[int, int], ...] = ((16, 16),)) -> Path:
+    """`train` grey pictures to train on and 12 to validate with, in folders of three classes; shapes in turns."""
     generator = np.random.default_rng(0)
     for name, count in (("train", train), ("test", 12)):
         for number in range(count):
             (place := folder / name / f"class{number % 3}").mkdir(parents=True, exist_ok=True)
-            pixels = generator.integers(0, 256, (16, 16), dtype=np.uint8)
+            pixels = generator.integers(0, 256, shapes[number % len(shapes)], dtype=np.uint8)
             Image.fromarray(pixels).save(place / f"{number:03d}.png")
     return folder
 
@@ -62,6 +63,7 @@ def fit(
     validate_every: int = 3,
     precision: Any = "32-true",
     cache: Cache | None = None,
+    buckets: Buckets | None = None,
     **options: Any,
 ) -> FineTune:
     """Runs it in this process, or goes on from the folder's newest checkpoint."""
@@ -111,6 +113,7 @@ def fit(
         num_workers=workers,
         random_flip=True,
         cache=cache,
+        buckets=buckets,
     )
     newest = newest_whole(folder) if resume else None
     trainer.fit(tune, data, ckpt_path=newest and str(newest))

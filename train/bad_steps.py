@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path as File
+from typing import Any
 
 import lightning as L
 import torch
@@ -104,11 +105,11 @@ def _record(module: L.LightningModule, batches: range, fault: str = "is no longe
     epoch.
     """
     trainer = module.trainer
-    loader = trainer.train_dataloader
-    sampler, size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
-    samples = None
-    if isinstance(sampler, DistributedSampler) and size:
-        chosen = itertools.islice(iter(copy.copy(sampler)), batches.start * size, batches.stop * size)
+    loader: Any = trainer.train_dataloader
+    sampler, samples = getattr(loader, "sampler", None), None
+    if isinstance(sampler, DistributedSampler):
+        whole = sampler if loader.batch_size is None else loader.batch_sampler
+        chosen = itertools.chain(*itertools.islice(iter(copy.copy(whole)), batches.start, batches.stop))
         own = torch.tensor([one[-1] if isinstance(one, tuple) else one for one in chosen], device=module.device)
         samples = module.all_gather(own).reshape(trainer.world_size, -1).tolist()  # type: ignore[union-attr]
     path = File(trainer.default_root_dir) / "bad_steps.jsonl"

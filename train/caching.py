@@ -154,6 +154,7 @@ def made_from(encoders: Encoders, data: PictureData, precision: str) -> dict[str
         "format": FORMAT,
         "rows": len(data.splits.train),
         "variants": data.cache.variants,
+        "buckets": data.buckets and str(data.buckets),
         "shard_rows": SHARD_ROWS,
         "precision": precision,
         "data": digest,

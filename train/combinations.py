@@ -1,5 +1,26 @@
 """Which settings of a run go together: docs/many-gpus.md has the table, tests/train/test_combinations.py tries it."""
 
+from typing import Any
+
+from ..sample.model import DiffusionModel
+
+
+def check_data(model: DiffusionModel, data: Any) -> None:
+    """ValueError where a data module's pictures come in sizes that the model does not take, or it has more classes than
+    the model: on a GPU a label too many ends in a crash."""
+    classes, rows = getattr(data, "num_classes", 0), getattr(model, "num_classes", 0)
+    if rows and classes > rows and "label" in model.ladder[-1]:
+        raise ValueError(f"the data has {classes} classes, the model takes labels in [0, {rows})")
+    buckets, kind = getattr(data, "buckets", None), type(model).__name__
+    if buckets is None:
+        return
+    if model.side_step is None:
+        raise ValueError(f"{kind} takes pictures of its own size alone: leave data.init_args.buckets out")
+    if buckets.step % model.side_step:
+        raise ValueError(
+            f"data.init_args.buckets.step must be a multiple of {model.side_step} for this {kind}, got {buckets.step}"
+        )
+
 
 def check_combination(precision: str, shared: bool, eight_bit: bool, few_bits: bool, compiled: bool) -> None:
     """ValueError for settings that do not go together.

@@ -18,7 +18,7 @@ from ..sample.noise import DiscretePath, add_noise, data_scale, like, weights
 from .adapters import Lora, add_adapter
 from .bad_steps import Usual, check_loss, check_network, leave_out_if_bad
 from .caching import Encoders, fill
-from .combinations import check_combination
+from .combinations import check_combination, check_data
 from .objective import (
     Density,
     Drop,
@@ -130,16 +130,14 @@ class FineTune(L.LightningModule):
         return self
 
     def setup(self, stage: str) -> None:
-        """Fills the data's cache, if it has one. ValueError where settings do not go together, or the data has more
-        classes than the model: on a GPU a label too many ends in a crash."""
+        """Fills the data's cache, if it has one. ValueError where settings do not go together, or the data are not
+        what the model takes."""
         shared = isinstance(self.trainer.strategy, ModelParallelStrategy)
         few_bits = self.lora is not None and self.lora.base_bits is not None
         check_combination(str(self.trainer.precision), shared, self.use_8bit_adam, few_bits, self.compile_network)
-        classes = getattr(self.trainer.datamodule, "num_classes", 0)  # type: ignore[attr-defined]
-        rows = getattr(self.model, "num_classes", 0)
-        if rows and classes > rows and "label" in self.model.ladder[-1]:
-            raise ValueError(f"the data has {classes} classes, the model takes labels in [0, {rows})")
         data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.encoders is None:  # which tell what sizes the model takes
+            check_data(self.model, data)
         if stage == "fit" and getattr(data, "cache", None) is not None:
             self.encoders = self.encoders or Encoders(self.model)
             fill(self, data, self.encoders)

@@ -57,7 +57,8 @@ class SaveConfig(SaveConfigCallback):
 
 def say_effective_batch(trainer: L.Trainer) -> None:
     """Prints and logs how many samples make a step of the optimiser."""
-    size = getattr(trainer.train_dataloader, "batch_size", None)
+    loader: Any = trainer.train_dataloader
+    size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "sampler", None), "size", None)
     if size is None:
         return
     accumulated, processes = trainer.accumulate_grad_batches, trainer.world_size

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from .. import ldm
 from ..latents import to_latents, to_pixels, to_posterior
-from ..model import Condition, DiffusionModel, plain_config
+from ..model import Condition, DiffusionModel, picture_sides, plain_config
 from ..noise import DiscretePath, Prediction
 from ..pictures import cover
-from ..published import factor, fits, latent_side, needed, read_parts, space_of, tiny_parts
+from ..published import factor, fits, latent_side, least_side, needed, read_parts, space_of, tiny_parts
 from ..text import encode_text
 from .stable_diffusion import StableDiffusion
 
@@ -121,16 +121,22 @@ class InstructPix2Pix(DiffusionModel):
     def config(self) -> dict[str, Any]:
         return {"prediction": self.prediction, "sample_size": self.shape[1], "space": self.space}
 
+    @property
+    def side_step(self) -> int:  # type: ignore[override]
+        return least_side(self.network, needed(self.vae))
+
     def posterior(self, pixels: Tensor) -> Tensor:
         return to_posterior(needed(self.vae), pixels)
 
     def encode_condition(self, batch: Mapping[str, Any]) -> Condition:
-        """ "image": pixels (B, 3, R, R) in [0, 1], or latents (B, 4, h, w); "text": prompts, token ids, or contexts."""
+        """ "image": pixels (B, 3, R, R) in [0, 1], beside oblong "pixels" (B, 3, H, W) of their sides, or latents
+        (B, 4, h, w); "text": prompts, token ids, or contexts."""
         image = batch["image"]
         if image.shape[1] != self.shape[0]:
-            vae, side = needed(self.vae), self._resolution()
-            if image.shape[1:] != (3, side, side):
-                raise ValueError(f"the input picture must have shape (B, 3, {side}, {side}), got {tuple(image.shape)}")
+            vae, (height, width) = needed(self.vae), picture_sides(batch, self._resolution())
+            if image.shape[1:] != (3, height, width):
+                expected = f"(B, 3, {height}, {width})"
+                raise ValueError(f"the input picture must have shape {expected}, got {tuple(image.shape)}")
             image = to_latents(vae, image) / vae.config["scaling_factor"]
         return {"image": image, "text": encode_text(batch["text"], self.text_encoder, self.tokenizer)}
 

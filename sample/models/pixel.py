@@ -9,7 +9,7 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..model import Condition, DiffusionModel, check_labels, plain_config
+from ..model import Condition, DiffusionModel, check_labels, picture_sides, plain_config
 from ..noise import DiscretePath, Prediction
 
 
@@ -127,6 +127,11 @@ class PixelUNet(DiffusionModel):
             "image_gain": self.image_gain,
         }
 
+    @property
+    def side_step(self) -> int:  # type: ignore[override]
+        config: Any = self.network.config
+        return self.fold * 2 ** (len(config.block_out_channels) - 1)
+
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         return F.pixel_unshuffle(pixels * 2 - 1, self.fold)
 
@@ -135,9 +140,9 @@ class PixelUNet(DiffusionModel):
         if "label" in self.parts:
             parts["label"] = check_labels(batch["label"], self.num_classes)
         if "image" in self.parts:
-            side = self.shape[1] * self.fold
-            if batch["image"].shape[1:] != (self.image_channels, side, side):
-                expected, found = f"(B, {self.image_channels}, {side}, {side})", tuple(batch["image"].shape)
+            height, width = picture_sides(batch, self.shape[1] * self.fold)
+            if batch["image"].shape[1:] != (self.image_channels, height, width):
+                expected, found = f"(B, {self.image_channels}, {height}, {width})", tuple(batch["image"].shape)
                 raise ValueError(f"the condition's image must have shape {expected}, got {found}")
             parts["image"] = self.image_gain * batch["image"]
         return parts

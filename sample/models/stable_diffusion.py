@@ -11,7 +11,7 @@ from .. import ldm
 from ..latents import to_pixels, to_posterior
 from ..model import Condition, DiffusionModel
 from ..noise import DiscretePath, Prediction
-from ..published import fits, latent_side, needed, read_parts, space_of, tiny_parts
+from ..published import fits, latent_side, least_side, needed, read_parts, space_of, tiny_parts
 from ..text import encode_text
 
 
@@ -101,6 +101,10 @@ class StableDiffusion(DiffusionModel):
 
     def config(self) -> dict[str, Any]:
         return {"prediction": self.prediction, "sample_size": self.shape[1], "space": self.space}
+
+    @property
+    def side_step(self) -> int:  # type: ignore[override]
+        return least_side(self.network, needed(self.vae))
 
     def posterior(self, pixels: Tensor) -> Tensor:
         return to_posterior(needed(self.vae), pixels)

@@ -11,6 +11,7 @@ from diffusers.models import DualTransformer2DModel
 from PIL import Image
 from torch import Tensor, nn
 
+from .. import published
 from .. import versatile_layouts as layouts
 from ..checkpoint import choose_weights, read_checkpoint
 from ..clip_image import MEAN, STD
@@ -194,6 +195,10 @@ class VersatileDiffusion(DiffusionModel):
             "sample_size": self.shape[1],
             "space": self.space,
         }
+
+    @property
+    def side_step(self) -> int:  # type: ignore[override]
+        return published.least_side(self.network, needed(self.vae))
 
     def posterior(self, pixels: Tensor) -> Tensor:
         return to_posterior(needed(self.vae), pixels)

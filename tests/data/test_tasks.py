@@ -79,3 +79,21 @@ def test_tasks_without_labels(batch):
     assert set(rotate(unlabelled)) == {"pixels", "image", "label"}
     with pytest.raises(ValueError, match="needs labelled pictures"):
         classes(unlabelled)
+
+
+def test_an_oblong_picture_turns_as_its_square_would():
+    """About its centre, without shear; what leaves the frame is lost, what comes in is black."""
+    generator = torch.Generator().manual_seed(0)
+    square = torch.zeros(1, 1, 48, 48)
+    square[..., 16:32, 16:32] = torch.rand(1, 1, 16, 16, generator=generator)
+    for k in range(8):
+        turned = turn(square, torch.tensor([k]))
+        for high, wide in ((slice(8, 40), slice(0, 48)), (slice(0, 48), slice(10, 38))):
+            oblong = turn(square[..., high, wide], torch.tensor([k]))
+            torch.testing.assert_close(oblong, turned[..., high, wide], rtol=0, atol=1e-5)
+
+
+def test_the_edges_of_an_oblong_picture_are_those_of_its_square():
+    square = torch.rand(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    whole, part = edge_map(square), edge_map(square[..., 4:16, :])
+    assert torch.equal(part[..., 1:-1, :], whole[..., 5:15, :])

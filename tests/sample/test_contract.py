@@ -172,6 +172,27 @@ def test_encode_and_decode(model):
         torch.testing.assert_close(pixels, batch["pixels"], rtol=0, atol=1e-6)
 
 
+def test_it_trains_on_oblong_pictures_where_it_says_so(model):
+    """Pictures beside each other's pixels, latents as those pixels' own."""
+    if model.side_step is None:
+        return
+    high, wide = model.side_step * 2, model.side_step * 3
+    square = model.decode(torch.zeros(1, *model.shape)).shape
+    generator = torch.Generator().manual_seed(4)
+    pixels = torch.rand(2, square[1], high, wide, generator=generator)
+    batch = {"pixels": pixels, **random_condition(model, 2)}
+    with torch.no_grad():
+        x_0 = model.encode_pixels(pixels)
+        assert x_0.shape[1] == model.shape[0] and x_0.shape[2] * wide == x_0.shape[3] * high
+        for name, null in model.null({}).items():
+            if null.shape[2:] in (square[2:], model.shape[1:]):
+                batch[name] = torch.rand(2, square[1], high, wide, generator=generator)[:, : null.shape[1]]
+        x_0, condition = model.encode(batch)
+        t = torch.tensor([1.0, 998.0])
+        out, empty = (model.denoise(x_0, t, c) for c in (condition, model.null(condition)))
+    assert out.shape == empty.shape == x_0.shape and out.isfinite().all() and not torch.equal(out, empty)
+
+
 def test_saved_and_loaded_it_is_the_same_to_the_bit(model, tmp_path):
     model.network.save_pretrained(tmp_path, safe_serialization=True)
     assert not [file.name for file in tmp_path.rglob("*") if file.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]

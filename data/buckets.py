@@ -1,0 +1,92 @@
+"""Training pictures at their own aspect ratio: the sizes they are cut to, and which picture goes to which."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .images import Place
+
+Sides = tuple[int, int]
+"""Height and width in pixels."""
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Sizes beside the square of side `resolution`, so that training pictures need not be cut to squares.
+
+    max_ratio: how many times as long as the shorter side the longer one may be.
+    step: sides are multiples of so many pixels, the resolution too; a multiple of what the model can halve.
+
+    A picture goes to the size whose ratio of sides is nearest to its own, is resized to cover it, and what is left over
+    is cut off; each batch is of one size. NovelAI's aspect ratio bucketing, as SDXL was trained (Podell et al. 2023,
+    arXiv 2307.01952, sec. 2.3 and its appendix). Pictures for validation and comparisons stay squares, so that their
+    figures compare with those of other runs.
+    """
+
+    max_ratio: float = 2.0
+    step: int = 64
+
+    def __post_init__(self) -> None:
+        if not self.max_ratio >= 1:
+            raise ValueError(f"buckets.max_ratio must be at least 1, got {self.max_ratio}")
+        if self.step < 1:
+            raise ValueError(f"buckets.step must be at least 1, got {self.step}")
+
+    def __str__(self) -> str:
+        return f"of max_ratio {self.max_ratio} and step {self.step}"
+
+    def sizes(self, resolution: int) -> list[Sides]:
+        """All sizes, from the square outwards, each high one before the wide one of the same sides: for each shorter
+        side the longest other one with which the area is at most resolution^2.
+
+        ValueError for a resolution that is no multiple of `step`.
+        """
+        if resolution % self.step:
+            raise ValueError(
+                f"resolution must be a multiple of buckets.step ({self.step}), got {resolution}: change either"
+            )
+        found = [(resolution, resolution)]
+        for short in range(resolution - self.step, 0, -self.step):
+            long = resolution**2 // short // self.step * self.step
+            if long > self.max_ratio * short:
+                break
+            found += [(long, short), (short, long)]
+        return found
+
+
+def nearest(pictures: Tensor, sizes: Sequence[Sides]) -> Tensor:
+    """For pictures' own sides (N, 2) the number (N,) of the size whose aspect ratio is nearest by its logarithm.
+
+    sizes: in the order that decides between two that are equally near. 0 for a picture whose sides are 0.
+    """
+    height, width = pictures.double().clamp(min=1).unsqueeze(-1).unbind(1)
+    wanted = torch.tensor(sizes, dtype=torch.float64)
+    across, down = height * wanted[:, 1], width * wanted[:, 0]  # whole numbers, so that equal ratios are equal
+    return (torch.maximum(across, down) / torch.minimum(across, down)).argmin(1)
+
+
+def describe(groups: Tensor, sizes: Sequence[Sides], unread: int) -> str:
+    """One line: how many pictures each size has."""
+    counts = groups.bincount(minlength=len(sizes)).tolist()
+    parts = [f"{n} at {height}x{width}" for n, (height, width) in zip(counts, sizes, strict=True) if n]
+    told = f"; {unread} of unknown size, as their headers cannot be read, count as squares" if unread else ""
+    return f"buckets: of {len(groups)} training pictures {', '.join(parts)} (height x width){told}"
+
+
+class Bucketed(Dataset):
+    """Pictures asked for by row, each cut to the size of its bucket: row i to sizes[groups[i]]. Whatever stands in for
+    one that cannot be read has that size too, so that batches of one bucket keep one shape."""
+
+    def __init__(self, pictures: Any, groups: Tensor, sizes: Sequence[Sides]):
+        self.pictures, self.groups, self.sizes = pictures, groups, sizes
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitems__(self, indices: Sequence[int], places: Sequence[Place] | None = None) -> Any:
+        asked = [self.sizes[group] for group in self.groups[torch.as_tensor(indices)].tolist()]
+        return self.pictures.__getitems__(indices, places, asked)

@@ -100,7 +100,8 @@ class Placement:
                 before, new = prior.model.network, id(prior.model.network) not in self._small
                 others[prior] = replace(prior, model=with_network(prior.model, self._in_few(before, x_0.device)))
                 if new and guidance.scales[0] != 1 and not quiet:
-                    change = guided_change(model, guidance, replace(guidance, prior=others[prior]), x_0, condition)
+                    with moved([before], x_0.device):
+                        change = guided_change(model, guidance, replace(guidance, prior=others[prior]), x_0, condition)
                     small = bytes_of(others[prior].model.network)
                     print(
                         f"prior {arm[0]} lies on {x_0.device} in {self.wanted}, {_size(small)} in place of "

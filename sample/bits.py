@@ -33,12 +33,21 @@ def reduce_bits(network: nn.Module, bits: Bits, leave: Sequence[str] = ()) -> No
             sizes = layer.in_features, layer.out_features
             held = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=0.0, **options)
             held.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+            held.register_forward_pre_hook(_follow_weight)
         held.bias = layer.bias
         try:
             _replace(network, name, held.to(device).requires_grad_(False).train(layer.training))
         except (RuntimeError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"bitsandbytes cannot hold weights in {bits} on {device.type} here: {reason}") from error
+
+
+def _follow_weight(layer: Any, _: Any) -> None:
+    """What the layer computes with follows its weight to another device, which is all that a network's `to` moves."""
+    weight = layer.weight.data
+    for place in (layer.weight, layer.state):
+        if place.CB is not None and place.CB.device != weight.device:
+            place.CB, place.SCB = weight, place.SCB.to(weight.device)
 
 
 def in_few_bits(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -22,64 +22,16 @@ from .adapter import Adapter
 from .guidance import Guidance
 from .hub import SAFE, locate
 from .kept import plain, same_tensors, save_adapted, save_network, save_prior
-from .loop import Sampler, trajectories
-from .machine import as_written, device_name, environment, threads_of
+from .loop import Sampler
+from .machine import as_written, compile_network, device_name, environment, reproducible, threads_of
 from .manifest import FORMAT_VERSION, NULL, RECORDED, BundleError, canonical, new_folder, refusing, seal, verify
 from .model import Condition, DiffusionModel
 from .recipe import check_timesteps, guidance_to_json, load_guidance, load_sampler, load_scheduler, timesteps_of
+from .recorded import Recorded, Replay, device_of, pictures
 from .reference import Reference
 
 __all__ = ["Bundle", "BundleError", "Recorded", "Replay", "verify"]
 INDEX = "model_index.json"
-
-
-@dataclass(frozen=True, eq=False)
-class Recorded:
-    """A batch of pictures, with all that decides their bits; `Recorded.draw` makes it.
-
-    condition: parts of (B, ...). seeds: B of them. pictures: float32 pixels (B, C, H, W) in [0, 1].
-    max_batch: as in `trajectories`. threads: torch's. device: its type, or the GPU's name.
-    """
-
-    condition: Condition
-    seeds: tuple[int, ...]
-    pictures: Tensor
-    max_batch: int | None
-    threads: int
-    device: str
-
-    @classmethod
-    def draw(
-        cls,
-        model: DiffusionModel,
-        condition: Condition,
-        seeds: Sequence[int],
-        guidance: Guidance,
-        sampler: Sampler,
-        max_batch: int | None = None,
-    ) -> "Recorded":
-        """Samples the batch on its own, as `Bundle.replay` will. ValueError unless the networks are in eval mode."""
-        for network in {model, guidance.prior.model if guidance.prior else model}:
-            if any(module.training for module in network.modules()):
-                raise ValueError(f"{type(network).__name__} is in train mode; call eval() on it before recording")
-        pictures = _pictures(model, condition, seeds, guidance, sampler, sampler.make(model), max_batch)
-        return cls(
-            condition, tuple(seeds), pictures.cpu(), max_batch, torch.get_num_threads(), device_name(_device(model))
-        )
-
-    def about(self) -> dict[str, Any]:
-        return {"batch": len(self.seeds), "max_batch": self.max_batch, "threads": self.threads, "device": self.device}
-
-
-@dataclass(frozen=True, eq=False)
-class Replay:
-    """A recorded batch sampled again: `identical` is bit for bit; `changes` names what the machine has other than
-    then, as {name: (then, now)}."""
-
-    pictures: Tensor
-    identical: bool
-    max_abs_difference: float
-    changes: dict[str, tuple[Any, Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,7 +164,7 @@ class Bundle:
             network.licence = licences.get(name)
             network.eval().to(device)
             if compile:
-                network.network.compile()  # in place: its tensors keep their names
+                compile_network(network.network)
         return cls(model, guidance, sampler, scheduler, manifest, folder)
 
     @classmethod
@@ -249,7 +201,7 @@ class Bundle:
             raise ValueError(f"{self.folder} holds a model without guidance; sample it with priorguide.sample.loop")
         guidance = self.guidance if scales is None else dataclasses.replace(self.guidance, scales=tuple(scales))
         sampler = self.sampler if steps is None else dataclasses.replace(self.sampler, steps=steps)
-        return _pictures(self.model, condition, seeds, guidance, sampler, self.scheduler, max_batch)
+        return pictures(self.model, condition, seeds, guidance, sampler, self.scheduler, max_batch)
 
     def pipeline(self) -> Any:
         """diffusers' stock pipeline of the bundle, its prior and recipe within: see `pipeline.stock_pipeline`."""
@@ -270,31 +222,6 @@ class Bundle:
     def replay(self) -> Replay:
         """Samples the recorded batch again, with its own composition and thread count. ValueError if there is none."""
         then = self.recorded()
-        with refusing(self.folder), threads_of(then.threads), as_written(self.model.network):
-            pictures = self.sample(then.condition, then.seeds, max_batch=then.max_batch).cpu()
-            difference = (pictures - then.pictures).abs().max().item()
-        before = {**self.manifest["environment"], "device": then.device}
-        now = {**environment(), "device": device_name(_device(self.model))}
-        changes = {name: (before[name], now.get(name)) for name in before if before[name] != now.get(name)}
-        return Replay(pictures, torch.equal(pictures, then.pictures), difference, changes)
-
-
-def _pictures(
-    model: DiffusionModel,
-    condition: Condition,
-    seeds: Sequence[int],
-    guidance: Guidance,
-    sampler: Sampler,
-    scheduler: Any,
-    max_batch: int | None,
-) -> Tensor:
-    device = _device(model)
-    condition = {name: part.to(device) for name, part in condition.items()}
-    options: dict[str, Any] = {"steps": sampler.steps, "eta": sampler.eta, "max_batch": max_batch}
-    x_0 = trajectories(model, condition, seeds, [guidance], scheduler=scheduler, **options)[0]
-    with torch.no_grad():
-        return model.decode(x_0).float()
-
-
-def _device(model: DiffusionModel) -> torch.device:
-    return next((parameter.device for parameter in model.network.parameters()), torch.device("cpu"))
+        with refusing(self.folder), threads_of(then.threads), as_written(self.model.network), reproducible():
+            found = self.sample(then.condition, then.seeds, max_batch=then.max_batch).cpu()
+            return Replay.beside(then, found, self.manifest["environment"], device_name(device_of(self.model)))

@@ -35,7 +35,32 @@ def threads_of(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def reproducible() -> Iterator[None]:
+    """For a while a GPU computes float32 in full and adds in one order: otherwise cuDNN rounds to TF32, and may choose
+    convolutions that add as it happens."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def compile_network(network: nn.Module) -> None:
+    """torch.compile in place; tensors keep their names. Blocks that are all alike, and all but the whole network, are
+    compiled one by one, which takes the time of a single one; other networks as a whole."""
+    kinds = getattr(network, "_repeated_blocks", None) or ()
+    blocks = [module for module in network.modules() if type(module).__name__ in kinds]
+    alike = len({tuple(p.shape for p in block.parameters()) for block in blocks}) == 1
+    share = sum(p.numel() for block in blocks for p in block.parameters())
+    most = share > 0.9 * sum(p.numel() for p in network.parameters())
+    for module in blocks if alike and most else [network]:
+        module.compile()
+
+
 def as_written(network: nn.Module) -> AbstractContextManager[object]:
     """For a while no compiled code runs, where the network has been compiled: its last bits are others."""
-    compiled = network._compiled_call_impl is not None
+    compiled = any(module._compiled_call_impl is not None for module in network.modules())
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

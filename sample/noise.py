@@ -120,7 +120,9 @@ class DiscretePath:
             raise ValueError(f"scale must have shape ({len(table)},), be above 0 and never rise")
         self._config = scheduler_config
         signal = table.sqrt() if self.scale is None else table.sqrt() * self.scale
-        self._angles = {"cpu": torch.atan2((1 - table).sqrt(), signal)}  # of x_0, whose SNR other paths are met at
+        angles = torch.atan2((1 - table).sqrt(), signal)  # of x_0, whose SNR other paths are met at
+        tables = {"angles": angles, "posterior": _posterior(table), "scale": self.scale}
+        self._tables = {(name, "cpu"): values for name, values in tables.items() if values is not None}
 
     @classmethod
     def from_betas(cls, betas: Sequence[float] | Tensor, **scheduler_config: Any) -> "DiscretePath":
@@ -173,20 +175,21 @@ class DiscretePath:
             isinstance(other, DiscretePath)
             and len(self) == len(other)
             and torch.allclose(self.alphas_cumprod, other.alphas_cumprod, rtol=1e-6, atol=1e-9)
-            and torch.allclose(self._angles["cpu"], other._angles["cpu"], rtol=1e-6, atol=1e-9)
+            and torch.allclose(self._table("angles"), other._table("angles"), rtol=1e-6, atol=1e-9)
         )
 
     def __hash__(self) -> int:
         return hash(len(self))
 
-    def _angle(self, device: torch.device) -> Tensor:
-        if (key := str(device)) not in self._angles:
-            dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-            self._angles[key] = self._angles["cpu"].to(device, dtype)
-        return self._angles[key]
+    def _table(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """Kept on each device that has asked for it: to copy it at every step would wait for the device."""
+        if (key := (name, str(device))) not in self._tables:
+            dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64  # MPS has no float64
+            self._tables[key] = self._tables[name, "cpu"].to(device, dtype)
+        return self._tables[key]
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        angles = self._angle(t.device)
+        angles = self._table("angles", t.device)
         t = t.to(angles.dtype).clamp(0, len(self) - 1)
         below = t.long().clamp(max=len(self) - 2)
         angle = torch.lerp(angles[below], angles[below + 1], t - below)
@@ -196,22 +199,27 @@ class DiscretePath:
 
     def scale_at(self, t: Tensor) -> Tensor:
         """s(t), what the data are multiplied by: 1 where no `scale` was given."""
-        t = t.to(self._angle(t.device).dtype)
+        t = t.to(self._table("angles", t.device).dtype)
         if self.scale is None:
             return torch.ones_like(t)
-        scale = self.scale.to(t)
+        scale = self._table("scale", t.device)
         below = t.long().clamp(0, len(self) - 2)
         return torch.lerp(scale[below], scale[below + 1], (t - below).clamp(0, 1))
 
+    def posterior(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of q(x_{t-1} | x_t, x_0) at whole t (B,), each (B,): its log variance, log beta_t, and the share of x_0 in
+        its mean (Ho et al. 2020, arXiv 2006.11239, eqs. 6, 7). Its variance at t = 0, zero, is given as that at 1."""
+        return tuple(self._table("posterior", t.device)[:, t])  # type: ignore[return-value]
+
     def time(self, log_snr: Tensor) -> Tensor:
-        angles = self._angle(log_snr.device)
+        angles = self._table("angles", log_snr.device)
         angle = torch.atan(torch.exp(-log_snr.to(angles.dtype) / 2)).clamp(angles[0], angles[-1])
         above = torch.searchsorted(angles, angle).clamp(1, len(self) - 1)
         low, high = angles[above - 1], angles[above]
         return above - 1 + (angle - low) / (high - low)
 
     def log_snr_range(self) -> tuple[float, float]:
-        angles = self._angle(torch.device("cpu"))[[-1, 0]]
+        angles = self._table("angles")[[-1, 0]]
         return tuple((-2 * angles.tan().log()).tolist())  # type: ignore[return-value]
 
     def draw(self, u: Tensor) -> Tensor:
@@ -223,6 +231,15 @@ class DiscretePath:
         alphas = self.alphas_cumprod
         betas = 1 - alphas / torch.cat([alphas.new_ones(1), alphas[:-1]])
         return {"num_train_timesteps": len(self), "trained_betas": betas.tolist()}
+
+
+def _posterior(alphas_cumprod: Tensor) -> Tensor:
+    """(3, T): see `DiscretePath.posterior`."""
+    before = torch.cat([torch.ones_like(alphas_cumprod[:1]), alphas_cumprod[:-1]])
+    beta = 1 - alphas_cumprod / before
+    variance = beta * (1 - before) / (1 - alphas_cumprod)
+    variance[0] = variance[1]  # its own has no logarithm
+    return torch.stack([variance.log(), beta.log(), before.sqrt() * beta / (1 - alphas_cumprod)])
 
 
 class FlowPath:

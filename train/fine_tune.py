@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..sample.bits import in_few_bits
 from ..sample.checkpoint import read_checkpoint
+from ..sample.machine import compile_network
 from ..sample.model import Condition, DiffusionModel
 from ..sample.noise import DiscretePath, add_noise, data_scale, like, weights
 from .adapters import Lora, add_adapter
@@ -142,7 +143,7 @@ class FineTune(L.LightningModule):
             self.encoders = self.encoders or Encoders(self.model)
             fill(self, data, self.encoders)
         if self.compile_network and stage == "fit":
-            self.model.network.compile()  # in place: its tensors keep their names
+            compile_network(self.model.network)
 
     def configure_model(self) -> None:
         """Under ModelParallelStrategy, shards the network and its average over all processes."""

@@ -97,13 +97,7 @@ def variational_bound(
     t = 0: the divergence from the posterior q(x_{t-1} | x_t, x_0) (Ho et al. 2020, arXiv 2006.11239, eqs. 5 to 7).
     At t = 0: the likelihood of x_0 (eq. 13).
     """
-    bar = path.alphas_cumprod
-    before = torch.cat([torch.ones_like(bar[:1]), bar[:-1]])
-    beta = 1 - bar / before
-    posterior = beta * (1 - before) / (1 - bar)
-    posterior[0] = posterior[1]  # its own is zero, which has no logarithm
-    share = before.sqrt() * beta / (1 - bar)  # of x_0 in the posterior's mean; that of x_t is the same in both means
-    low, high, share = (like(c.float().to(t.device)[t], x_0) for c in (posterior.log(), beta.log(), share))
+    low, high, share = (like(c, x_0) for c in path.posterior(t))  # x_t's share is the same in both means
     guess, _ = split(prediction, out.detach(), x_t, *(like(c, x_0) for c in path.coefficients(t)))
     log_variance = low + (v + 1) / 2 * (high - low)
     off = share * (x_0 - guess)

@@ -125,6 +125,7 @@ class DiTNetwork(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
+    _repeated_blocks = ["Block"]
 
     @register_to_config
     def __init__(

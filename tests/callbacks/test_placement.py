@@ -11,6 +11,7 @@ from priorguide.callbacks.placement import Placement
 from priorguide.sample.guidance import unconditional
 from priorguide.sample.loop import Sampler
 
+pytestmark = pytest.mark.usefixtures("reproducible")
 CUDA = torch.device("cuda", 0)
 
 

@@ -156,9 +156,29 @@ def test_replay_sees_other_pictures_and_another_environment(copy):
     save_file(tensors, copy / "recorded.safetensors")
     forge(copy, lambda manifest: manifest["environment"].update(torch="1.0"))
     replay = Bundle.load(copy).replay()
-    assert not replay.identical
+    assert not replay.identical and not replay.reproduced
     assert replay.max_abs_difference == pytest.approx(0.25, abs=1e-6)
     assert replay.changes == {"torch": ("1.0", torch.__version__)}
+
+
+@pytest.mark.parametrize(
+    ("shift", "changed", "reproduced"),
+    [
+        (0, {}, True),
+        (5e-5, {}, False),  # on a CPU every bit is decided
+        (5e-5, {"torch": "1.0"}, True),
+        (5e-4, {"torch": "1.0"}, False),
+        (5e-4, {"device": "NVIDIA H200"}, True),
+        (2e-3, {"device": "NVIDIA H200"}, False),
+    ],
+)
+def test_what_is_reproduced_depends_on_the_machine(copy, shift, changed, reproduced):
+    tensors = load_file(copy / "recorded.safetensors")
+    tensors["pictures"] += shift
+    save_file(tensors, copy / "recorded.safetensors")
+    forge(copy, lambda manifest: [manifest[name].update(changed) for name in ("environment", "recorded")])
+    replay = Bundle.load(copy).replay()
+    assert replay.identical == (shift == 0) and replay.reproduced == reproduced
 
 
 def test_sample(saved):

@@ -19,6 +19,7 @@ from priorguide.train.checkpoint import Checkpoint
 from priorguide.train.fine_tune import FineTune
 from priorguide.train.objective import Drop
 
+pytestmark = pytest.mark.usefixtures("reproducible")
 BITS = ["int8", "nf4"]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ERROR = {"int8": 0.02, "nf4": 0.25}
@@ -58,6 +59,18 @@ def test_layers_in_fewer_bits_and_back(bits, device):
     assert network[0].weight.device.type == device
 
 
+def test_what_int8_computes_with_follows_its_weight():
+    """A network's `to` moves weights alone: here the copy that was left elsewhere lies on the meta device."""
+    network = torch.nn.Sequential(torch.nn.Linear(256, 8))
+    x = torch.randn(4, 256)
+    reduce_bits(network, "int8")
+    for place in (network[0].weight, network[0].state):  # before the first evaluation, and after it
+        wanted = network(x) if place is network[0].state else None
+        place.CB = place.CB.to("meta")
+        found = network(x)
+        assert found.isfinite().all() and (wanted is None or torch.equal(found, wanted))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("bits", BITS)
 def test_it_trains_what_a_whole_base_would(bits, device):
@@ -95,7 +108,8 @@ def test_its_base_is_itself_in_one_batch(bits, device):
         for rows in (None, 1)
     )
     # Activations in int8 are rounded: a batch of another size may round one the other way.
-    torch.testing.assert_close(mixed, apart, rtol=0, atol={"int8": 0.05, "nf4": 1e-4}[bits])
+    near = {"int8": 0.05, "nf4": 1e-4 if device == "cpu" else 2e-3}[bits]  # a GPU has a kernel of its own for one row
+    torch.testing.assert_close(mixed, apart, rtol=0, atol=near)
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -3,16 +3,21 @@
 Bases in few bits and the placing of priors have their tests on both, in `test_adapter_bits` and `test_placement`.
 """
 
+import lightning as L
 import pytest
 import torch
 from fits import Pictures, Seer, same, seed, trainer, tuning, weights
 from oracle import pixel_model
+from torch.utils.data import DataLoader
 
 from priorguide.callbacks.comparison import PriorComparison
 from priorguide.data.labelled import LabelledImages
 from priorguide.sample.loop import Sampler
+from priorguide.sample.models.dit import DiT
 from priorguide.train.adapters import Lora
 from priorguide.train.checkpoint import Checkpoint
+from priorguide.train.fine_tune import FineTune
+from priorguide.train.objective import Drop
 
 pytestmark = pytest.mark.gpu
 DEVICE, ACCELERATOR = "cuda", "gpu"
@@ -60,6 +65,46 @@ def test_a_run_in_bf16_compares_and_resumes(tmp_path, options):
 def test_the_optimiser_is_fused_where_gradients_are_clipped(tmp_path):
     (optimizer,) = fit(tmp_path, 2).trainer.optimizers
     assert all(group["fused"] for group in optimizer.param_groups)
+
+
+def test_16_bits_with_a_scaled_loss(tmp_path):
+    tune = fit(tmp_path, precision="16-mixed", callbacks=[callback := comparison()], max_bad_steps=3)
+    assert [entry["step"] for entry in callback.history] == [4, 8] and tune.bad_steps == 0
+    assert all(value.isfinite().all() for value in weights(tune).values() if value.is_floating_point())
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["MixedPrecision"]["scale"] > 0
+
+
+class NoWait(L.Callback):
+    """Has torch raise an error where a step of training would wait for the device, from the third step on."""
+
+    def on_train_batch_start(self, trainer, *_):
+        torch.cuda.set_sync_debug_mode("error" if trainer.global_step > 2 else "default")
+
+    def on_train_batch_end(self, *_):
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"snr_gamma": 5.0}, {"lora": Lora(rank=2)}], ids=lambda options: "-".join(options)
+)
+def test_no_step_waits_for_the_device(tmp_path, options):
+    run = trainer(
+        tmp_path, 6, accelerator=ACCELERATOR, precision="bf16-mixed", callbacks=[NoWait()], gradient_clip_val=1.0,
+        log_every_n_steps=50,
+    )  # fmt: skip
+    run.fit(tuning(**options), Pinned())
+
+
+def test_no_step_of_a_learned_variance_waits_for_the_device(tmp_path):
+    network = DiT.create(input_size=16, num_classes=3, channels=1, width=48, depth=2, num_heads=2, learn_sigma=True)
+    run = trainer(tmp_path, 6, accelerator=ACCELERATOR, callbacks=[NoWait()], log_every_n_steps=50)
+    run.fit(FineTune(network, [Drop(("label",), 0.1)]), Pinned())
+
+
+class Pinned(Pictures):
+    def train_dataloader(self):
+        loader = super().train_dataloader()
+        return DataLoader(loader.dataset, self.batch_size, drop_last=True, pin_memory=True)
 
 
 @pytest.mark.parametrize("options", [{}, {"lora": Lora(rank=2)}], ids=["apart", "lora"])

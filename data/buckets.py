@@ -2,13 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
-
-from .images import Place
 
 Sides = tuple[int, int]
 """Height and width in pixels."""
@@ -75,18 +71,3 @@ def describe(groups: Tensor, sizes: Sequence[Sides], unread: int) -> str:
     parts = [f"{n} at {height}x{width}" for n, (height, width) in zip(counts, sizes, strict=True) if n]
     told = f"; {unread} of unknown size, as their headers cannot be read, count as squares" if unread else ""
     return f"buckets: of {len(groups)} training pictures {', '.join(parts)} (height x width){told}"
-
-
-class Bucketed(Dataset):
-    """Pictures asked for by row, each cut to the size of its bucket: row i to sizes[groups[i]]. Whatever stands in for
-    one that cannot be read has that size too, so that batches of one bucket keep one shape."""
-
-    def __init__(self, pictures: Any, groups: Tensor, sizes: Sequence[Sides]):
-        self.pictures, self.groups, self.sizes = pictures, groups, sizes
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitems__(self, indices: Sequence[int], places: Sequence[Place] | None = None) -> Any:
-        asked = [self.sizes[group] for group in self.groups[torch.as_tensor(indices)].tolist()]
-        return self.pictures.__getitems__(indices, places, asked)

@@ -1,6 +1,8 @@
 """What the data modules of pictures share: splits, what is drawn at random, loaders."""
 
+import atexit
 import hashlib
+import multiprocessing
 import random
 import signal
 from abc import ABC, abstractmethod
@@ -13,7 +15,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .buckets import Bucketed, Buckets, describe, nearest
+from .buckets import Buckets, describe, nearest
 from .cache import Cache, Encoded, Key
 from .orders import Batches, EpochOrder, Loader, Order
 from .sources import Images
@@ -117,11 +119,13 @@ class PictureData(LightningDataModule, ABC):
     def training(self) -> tuple[Any, type[Order]]:
         """The training pictures, and the order that asks for them: one that names the epoch where a draw follows from
         it."""
-        pictures, groups = self.splits.train, self.groups
-        shown = pictures if groups is None or not groups.any() else Bucketed(pictures, groups, self.sizes)
+        pictures: Any = self.splits.train
+        groups = self.groups
+        if groups is not None and groups.any():
+            pictures = pictures.cut_to(self.sizes, groups)
         if self.center_crop and not self.random_flip:
-            return shown, Order
-        return Augmented(shown, self.seed, self.center_crop, self.random_flip), EpochOrder
+            return pictures, Order
+        return Augmented(pictures, self.seed, self.center_crop, self.random_flip), EpochOrder
 
     def encoded(self) -> Encoded:
         """The cache's samples, there or not yet. ValueError where it would hold the same draws several times."""
@@ -200,6 +204,14 @@ class PictureData(LightningDataModule, ABC):
 def _leave_sigterm(_: int) -> None:
     """A signal to the whole process group is the run's to answer: a worker that died of it would end the run badly."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Python sends SIGTERM to the workers of loaders that are left at its end, and would wait for them forever."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 class Augmented(Dataset):

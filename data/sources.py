@@ -5,6 +5,7 @@ A data set's `__getitems__` takes indices and returns {"pixels" (B, C, R, R) flo
 a batch key for each.
 """
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -91,6 +92,8 @@ class FileImages(Dataset):
     """
 
     decodes = True  # which loader workers are worth
+    sizes: Sequence[Size] = ()
+    groups: Tensor | None = None  # squares
 
     def __init__(
         self,
@@ -130,14 +133,18 @@ class FileImages(Dataset):
         with ThreadPoolExecutor(THREADS) as threads:
             return torch.tensor(list(threads.map(read, self.rows.tolist()))).reshape(-1, 2)
 
-    def __getitems__(
-        self, indices: Sequence[int], places: Sequence[Place] | None = None, sizes: Sequence[Size] | None = None
-    ) -> Any:
-        """The batch; `places`: where each row's pictures are cut out, the centre if absent; `sizes`: of what is cut
-        out, squares if absent."""
+    def cut_to(self, sizes: Sequence[Size], groups: Tensor) -> "FileImages":
+        """The same pictures, row i cut to sizes[groups[i]], and so is what stands in for it: rows of one group make a
+        batch."""
+        twin = copy.copy(self)
+        twin.sizes, twin.groups = sizes, groups
+        return twin
+
+    def __getitems__(self, indices: Sequence[int], places: Sequence[Place] | None = None) -> Any:
+        """The batch; `places`: where each row's pictures are cut out, the centre if absent."""
         try:
-            wanted = zip(indices, places or repeat(None), sizes or repeat(self.resolution), strict=False)
-            found = [self._read(int(index), place, size) for index, place, size in wanted]
+            wanted = zip(indices, places or repeat(None), strict=False)
+            found = [self._read(int(index), place) for index, place in wanted]
         except BadImages as error:
             if get_worker_info() is None:
                 raise
@@ -152,7 +159,9 @@ class FileImages(Dataset):
             batch["text"] = [self.texts[row] for row in rows.tolist()]
         return batch
 
-    def _read(self, index: int, place: Place | None, size: Size) -> tuple[int, dict[str, Tensor]]:
+    def _read(self, index: int, place: Place | None) -> tuple[int, dict[str, Tensor]]:
+        size = self.resolution if self.groups is None else self.sizes[int(self.groups[index])]
+
         def read(row: int) -> dict[str, Tensor]:
             pictures, found = self._pictures(row), {}
             if self.check is not None:

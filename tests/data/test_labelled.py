@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 
 import lightning.pytorch as pl
 import pytest
@@ -287,6 +289,17 @@ def test_lightning_resumes_in_mid_epoch(folder, tmp_path, stop):
     rest = fit(folder, 15, 2 if stop == 2 else 0, tmp_path / "parts", tmp_path / "parts" / f"step={stop}.ckpt")
     assert first == whole[:stop] and first + rest == whole
     assert whole[:6] != whole[6:12], "each epoch has its own order"
+
+
+def test_a_program_ends_though_it_holds_a_loaders_workers(folder):
+    code = """if True:
+        import sys
+        from priorguide.data.labelled import LabelledImages
+        data = LabelledImages(sys.argv[1], resolution=8, train_batch_size=2, num_workers=1)
+        sys.modules["kept"] = batches = iter(data.train_dataloader())
+        next(batches)
+    """
+    subprocess.run([sys.executable, "-c", code, folder], check=True, timeout=60)
 
 
 @pytest.mark.filterwarnings("ignore")

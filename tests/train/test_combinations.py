@@ -84,3 +84,25 @@ def test_every_combination(tmp_path, kind):
         state = held(folder)
         assert state["global_step"] == 3 and len(state["history"][0]) == 1
         assert all(tensor.isfinite().all() for tensor in state["state_dict"].values() if tensor.is_floating_point())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "options",
+    [{"lora": Lora(rank=2, base_bits="nf4")}, {"lora": Lora(rank=2, base_bits="int8")}, {"compile": True}],
+    ids=["nf4", "int8", "compile"],
+)
+def test_what_needs_networks_that_are_whole(tmp_path, kind, options):
+    settings = {"pictures": make_pictures(tmp_path / "pictures"), "every": 2, "kind": kind, **options}
+    folder, refused = tmp_path / "run", kind == "fsdp"
+    run(folder, codes=(1, 1) if refused else (0, 0), steps=2, **settings)
+    if refused:
+        key = "model.compile" if "compile" in options else "model.lora.base_bits"
+        assert f"{key} is not supported" in log(folder, 0).read_text()
+        return
+    run(folder, steps=3, resume=True, **settings)
+    state = held(folder)
+    assert state["global_step"] == 3 and len(state["history"][0]) == 1
+    assert all(tensor.isfinite().all() for tensor in state["state_dict"].values() if tensor.is_floating_point())

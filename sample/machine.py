@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def device_name(device: torch.device) -> str:
@@ -33,6 +33,13 @@ def threads_of(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def row_major(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it in the usual layout: by it a GPU chooses a convolution, each of which rounds in its
+    own way, and files keep no layout."""
+    usual = torch.empty(tensor.shape, device="meta").stride()
+    return tensor if tensor.stride() == usual else tensor.clone(memory_format=torch.contiguous_format)
 
 
 @contextmanager

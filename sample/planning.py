@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .adapter_rows import Unadapted
 from .guidance import Guidance, Prior, Scales, rungs
+from .machine import row_major
 from .model import Condition, DiffusionModel, keep_only
 
 Slots = dict[tuple[int, int], Tensor]
@@ -100,7 +101,7 @@ def plan(
             conditions.setdefault(id(call), []).append(cache[key])
     for call in calls.values():
         parts = conditions[id(call)]
-        call.condition = {part: torch.cat([condition[part] for condition in parts]) for part in parts[0]}
+        call.condition = {part: row_major(torch.cat([condition[part] for condition in parts])) for part in parts[0]}
     return list(calls.values())
 
 

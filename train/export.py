@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path as File
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..callbacks.quantities import candidate_text
 from ..callbacks.records import LOGGED, read_logged
@@ -24,6 +24,7 @@ from ..sample.cheaper import with_setting
 from ..sample.checkpoints import parted
 from ..sample.evaluate import to_device
 from ..sample.guidance import Arm, Guidance
+from ..sample.machine import row_major
 from ..sample.manifest import new_folder, verify
 from ..sample.model import DiffusionModel, with_network
 from ..sample.models import find
@@ -109,6 +110,7 @@ def deployed(fine_tune: FineTune) -> Iterator[tuple[DiffusionModel, Adapter | No
         adapter = adapter_of(adapted) if fine_tune.lora else None
         if adapter is not None:
             model.network = adapter.merged().eval().to(next(adapted.parameters()).device)
+        to_row_major(model.network)
         try:
             yield model, adapter
         finally:
@@ -186,6 +188,12 @@ def export(
     return recorded
 
 
+def to_row_major(network: nn.Module) -> None:
+    """As the bundle's weights will lie when they are read: training may have had its kernels' channels last."""
+    for parameter in network.parameters():
+        parameter.data = row_major(parameter.data)
+
+
 def compared_with(pictures: Tensor, logged: Tensor | None, arm: str) -> str:
     """What the pictures are beside those that the comparison logged of the same conditions and seeds, in a sentence.
 
@@ -214,6 +222,7 @@ def _with_plain_prior(guidance: Guidance, model: DiffusionModel) -> Guidance:
         return guidance
     own, device = prior.model.network, next(prior.model.network.parameters()).device
     network = base_of(own.network) if isinstance(own, Unadapted) else adapter_of(own).merged().eval()
+    to_row_major(network)
     return replace(guidance, prior=replace(prior, model=with_network(prior.model, network.to(device))))
 
 

@@ -13,7 +13,7 @@ from runs import CONFIGS
 from safetensors.torch import load_file
 
 from priorguide.callbacks.records import LOGGED, read_logged, write_logged
-from priorguide.sample.bundle import Bundle
+from priorguide.sample.bundle import Bundle, Recorded
 from priorguide.sample.candidates import Candidate
 from priorguide.sample.model import DiffusionModel
 from priorguide.sample.models import stable_diffusion
@@ -265,3 +265,43 @@ def test_a_record_without_numbers_that_json_does_not_know():
     told = finite(record)
     assert told == {"rows": [{"metrics": {"fd": {"value": None, "error": 1.0}}, "scales": [1.5, None]}], "n": 2}
     json.dumps(told, allow_nan=False)
+
+
+SYSTEMS = sorted(path.stem.removesuffix("_offline") for path in CONFIGS.glob("*_offline.yaml"))
+
+
+@pytest.mark.parametrize(("system", "options"), [(name, []) for name in SYSTEMS] + [("versatile", ["channels_last"])])
+def test_pictures_are_recorded_and_replayed_in_one_layout(system, options, tmp_path, monkeypatch):
+    """By the layout of what it is given a GPU chooses its kernels, whose last bits differ."""
+    monkeypatch.setattr(exporting, "verify_apart", lambda folder: "not verified apart")
+    run, seen = tmp_path / "run", {"export": [], "verify": []}
+    configs = [*config(system), *config(f"{system}_offline"), "--threads", "1"]
+    few = ["--trainer.max_steps", "2", "--checkpoint.every_n_train_steps", "2"]
+    assert main(["fit", *configs, *few, "--trainer.default_root_dir", str(run), *layout(options)]) == 0
+    comparison = comparison_of(cli := load_run(run)[0])
+    (prior,) = comparison.priors.keys() - {"self"}
+    scales = ":".join("2" for _ in cli.model.model.ladder)
+    draw, replay = Recorded.draw.__func__, Bundle.replay
+    monkeypatch.setattr(Recorded, "draw", classmethod(lambda *a, **k: watched(seen["export"], draw, *a, **k)))
+    monkeypatch.setattr(Bundle, "replay", lambda *a: watched(seen["verify"], replay, *a))
+    assert main(["export", str(run), "--prior", prior, "--scale", scales]) == 0
+    assert main(["verify", str(run / "bundle")]) == 0
+    assert len(seen["export"]) > 100 and seen["export"] == seen["verify"]
+
+
+def layout(options):
+    return [word for name in options for word in (f"--model.{name}", "true")]
+
+
+def watched(seen, call, *args, **kwargs):
+    """The call; what each module of it was given, and its weights, go to `seen`: their shapes and strides."""
+
+    def look(module, inputs):
+        tensors = [*(i for i in inputs if isinstance(i, torch.Tensor)), *module.parameters(recurse=False)]
+        seen.append((type(module).__name__, *((tuple(tensor.shape), tensor.stride()) for tensor in tensors)))
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(look)
+    try:
+        return call(*args, **kwargs)
+    finally:
+        hook.remove()

@@ -4,6 +4,7 @@ import importlib.metadata
 import platform
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,16 +56,24 @@ def reproducible() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def compile_network(network: nn.Module) -> None:
+def compile_network(network: nn.Module, sizes: int = 0) -> None:
     """torch.compile in place; tensors keep their names. Blocks that are all alike, and all but the whole network, are
-    compiled one by one, which takes the time of a single one; other networks as a whole."""
+    compiled one by one, which takes the time of a single one; other networks as a whole.
+
+    sizes: how many pictures come in, in batches of two lengths. Each is then compiled by itself: torch's own way, code
+    for all at once, ends in an error on CPUs (torch 2.13).
+    """
     kinds = getattr(network, "_repeated_blocks", None) or ()
     blocks = [module for module in network.modules() if type(module).__name__ in kinds]
     alike = len({tuple(p.shape for p in block.parameters()) for block in blocks}) == 1
     share = sum(p.numel() for block in blocks for p in block.parameters())
     most = share > 0.9 * sum(p.numel() for p in network.parameters())
+    options: dict[str, Any] = {"dynamic": False} if sizes else {}
+    if sizes:
+        limits: Any = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, 2 * sizes)  # beyond it all would run as written
     for module in blocks if alike and most else [network]:
-        module.compile()
+        module.compile(**options)
 
 
 def as_written(network: nn.Module) -> AbstractContextManager[object]:

@@ -143,7 +143,7 @@ class FineTune(L.LightningModule):
             self.encoders = self.encoders or Encoders(self.model)
             fill(self, data, self.encoders)
         if self.compile_network and stage == "fit":
-            compile_network(self.model.network)
+            compile_network(self.model.network, len(data.sizes) if getattr(data, "buckets", None) else 0)
 
     def configure_model(self) -> None:
         """Under ModelParallelStrategy, shards the network and its average over all processes."""

@@ -48,6 +48,16 @@ def test_a_block_is_compiled_once_for_all(monkeypatch):
     assert len(graphs) == 1  # not even looked at
 
 
+@pytest.mark.parametrize(("sizes", "limit"), [(0, 8), (3, 8), (11, 22)])
+def test_pictures_of_many_sizes_are_compiled_for_each(monkeypatch, sizes, limit):
+    asked = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: asked.append(options))
+    with torch._dynamo.config.patch(recompile_limit=8):
+        compile_network(nn.Linear(2, 2), sizes)
+        assert torch._dynamo.config.recompile_limit == limit
+    assert asked == [{"dynamic": False} if sizes else {}]
+
+
 def compile_with(module, backend):
     module._compiled_call_impl = torch.compile(module._call_impl, backend=backend)
 

@@ -1,6 +1,7 @@
 """Training on pictures at their own aspect ratio: oblong latents, the cache, resuming, comparisons on squares."""
 
 import json
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from pairs import run as run_pair
 from PIL import Image
 from runs import CONFIGS
 from test_resume import Crash
+from torch import nn
 
 from priorguide.data import cache as data_cache
 from priorguide.data.buckets import Buckets
@@ -101,9 +103,29 @@ def test_a_run_that_crashed_ends_as_the_undisturbed_one(cached, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_where_they_were(tmp_path):
+def test_a_compiled_network_is_compiled_for_every_size(tmp_path, monkeypatch):
+    """Ten shapes of batches, more than torch would compile by itself."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    shapes = ((16, 16), (20, 12), (12, 20), (32, 8), (8, 32))
+    pictures = make_pictures(tmp_path / "pictures", train=30, shapes=shapes)
+    options = {"buckets": Buckets(4, 4), "steps": 5, "every": 100, "workers": 0}
+    plain = fit(pictures, tmp_path / "plain", **options)
+    counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=8):
+        compiled = fit(pictures, tmp_path / "compiled", compile=True, **options)
+    assert counters["stats"]["unique_graphs"] == 10
+    found, wanted = (weights(tune.model.network) for tune in (compiled, plain))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_go_on_where_they_were(kind, tmp_path):
     pictures = make_pictures(tmp_path / "pictures", train=29, shapes=((16, 16), (16, 24), (24, 16), (16, 25)))
-    options = {"pictures": pictures, "buckets": BUCKETS, "lr_scheduler": "constant", "batch_size": 3}
+    options = {"pictures": pictures, "buckets": BUCKETS, "lr_scheduler": "constant", "batch_size": 3, "kind": kind}
     run_pair(tmp_path / "whole", steps=9, **options)
     run_pair(tmp_path / "parts", steps=5, **options)
     run_pair(tmp_path / "parts", steps=9, resume=True, **options)

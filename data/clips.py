@@ -13,11 +13,11 @@ from torch.utils.data import Dataset, get_worker_info
 
 from .cache import Cache
 from .decoding import ANIMATED, VIDEOS, need_video_reader, read_clip
-from .listings import METADATA, Listing, picture_in, read_metadata, split_folders
+from .listings import METADATA, BadRow, Line, Listing, picture_in, read_each, read_metadata, split_folders
 from .loading import PictureData
 from .orders import EpochOrder, Order
 from .shapes import FPS, LENGTH, MovingShape
-from .sources import BadImages, Images, first_readable
+from .sources import BadImages, Images, check_broken, first_readable
 
 MADE = {"train": range(200), "test": range(200, 240)}
 """Seeds of the moving shapes of the generated set."""
@@ -41,14 +41,14 @@ class Clips(PictureData):
     interpolation: the condition is the first and the last frame.
     fps: of folders of frames, and of video files, that do not say.
     random_flip: mirrors a training clip with probability 1/2. Not for captions that say left or right.
-    max_bad_clips: so many clips that are unreadable or too short are reported and skipped; one more ends the run with
-        a list.
+    max_bad_clips: so many clips that are unreadable, too short or without a caption, or lines that name none, are
+        reported and skipped; one more ends the run with a list.
     train_batch_size, max_train_samples, max_val_samples, val_fraction, seed, num_workers: as in `LabelledImages`. What
         is drawn at random follows from (seed, epoch, which clip) alone on any number of devices; for validation from
         which clip.
     cache: where encoded training samples are kept, see `Cache`; null encodes at every step.
 
-    ValueError, on first use, for a bad source or a clip without caption; ModuleNotFoundError for video files without
+    ValueError, on first use, for a bad source; ModuleNotFoundError for video files without
     PyAV.
     """
 
@@ -136,6 +136,7 @@ class ClipFiles(Dataset):
     decodes = True
 
     def __init__(self, listing: Listing, taking: Taking, max_bad_clips: int, rows: Tensor | None = None):
+        check_broken(listing.broken, len(listing.pictures), max_bad_clips, "clip", "max_bad_clips")
         self.listing, self.taking, self.max_bad_clips = listing, taking, max_bad_clips
         self.rows = torch.arange(len(listing.pictures)) if rows is None else rows
         self.bad = torch.zeros(len(self.rows), dtype=torch.uint8).share_memory_()
@@ -165,6 +166,8 @@ class ClipFiles(Dataset):
         return {name: torch.stack(parts) if isinstance(parts[0], Tensor) else parts for name, parts in batch.items()}
 
     def _read(self, row: int, epoch: int | None) -> dict[str, Any]:
+        if broken := self.listing.broken.get(row):
+            raise ValueError(broken.fault)
         taking, (clip, rate) = self.taking, self.listing.pictures[row]
         draw = random.Random(f"0 {row}" if epoch is None else f"{taking.seed} {epoch} {row}")
         taken = range(0)
@@ -193,7 +196,9 @@ class ClipFiles(Dataset):
         }
 
     def _name(self, index: int) -> str:
-        return str(self.listing.pictures[int(self.rows[index])][0])
+        row = int(self.rows[index])
+        broken = self.listing.broken.get(row)
+        return broken.where if broken else str(self.listing.pictures[row][0])
 
 
 def parse_size(resolution: int | str) -> tuple[int, int]:
@@ -212,37 +217,44 @@ def list_made(split: str) -> Listing:
 
 
 def list_clips(folder: File, fps: float) -> Listing:
-    """A folder of clips with metadata.jsonl, or with captions beside them. ValueError where it is neither, or a clip
-    lacks its caption."""
+    """A folder of clips with metadata.jsonl, or with captions beside them. ValueError where it is neither, or no clip
+    has what it takes."""
     if (folder / METADATA).is_file():
-        found = []
-        for where, row in read_metadata(folder):
-            rate = row.get("fps", fps)
+
+        def read(line: Line) -> tuple[tuple[Any, float], str]:
+            clip, rate = picture_in(folder, line, "file_name"), line.row.get("fps", fps)
             if not isinstance(rate, int | float) or not rate > 0:
-                raise ValueError(f"{where} must have an fps above 0, or none, got {rate!r}")
-            clip = picture_in(folder, where, row, "file_name")
-            found.append(((clip, float(rate)), _caption(where, row.get("text"))))
+                raise BadRow(line.where, f"must have an fps above 0, or none, got {rate!r}")
+            return (clip, float(rate)), _caption(line.where, line.row.get("text"))
+
+        found, broken = read_each(read_metadata(folder), read, ((None, fps), ""))
     else:
         files = sorted(path for path in folder.rglob("*") if not path.name.startswith("."))
         told = {path.with_suffix("") for path in files if path.suffix.lower() == ".txt"}
         videos = [path for path in files if path.suffix.lower() in VIDEOS | ANIMATED and path.with_suffix("") in told]
         folders = [path for path in files if path in told and path.is_dir()]
-        if untold := [path for path in files if path.suffix.lower() in VIDEOS and path.with_suffix("") not in told]:
-            raise ValueError(f"{untold[0]} must have its caption beside it, {untold[0].stem}.txt; there is none")
-        found = []
-        for clip in sorted(videos + folders):
+        untold = [path for path in files if path.suffix.lower() in VIDEOS and path.with_suffix("") not in told]
+
+        def read_beside(clip: File) -> tuple[tuple[Any, float], str]:
+            if clip in untold:
+                raise BadRow(str(clip), f"must have its caption beside it, {clip.stem}.txt; there is none")
             text = clip.with_name(f"{clip.name}.txt" if clip in told else f"{clip.stem}.txt")
-            found.append(((clip, fps), _caption(str(text), text.read_text(errors="replace").strip())))
+            try:
+                return (clip, fps), _caption(str(text), text.read_text(errors="replace").strip())
+            except OSError as error:
+                raise BadRow(str(text), f"cannot be read: {error.strerror}") from error
+
+        found, broken = read_each(sorted(videos + folders + untold), read_beside, ((None, fps), ""))
     if not found:
         raise ValueError(
             f"{folder} must hold {METADATA}, or clips (folders of pictures, or video files) with their captions beside "
             "them, NAME.txt; it has neither"
         )
-    need_video_reader([clip for (clip, _), _ in found])
-    return Listing(str(folder), [pair for pair, _ in found], None, [text for _, text in found])
+    need_video_reader([clip for (clip, _), _ in found if clip is not None])
+    return Listing(str(folder), [pair for pair, _ in found], None, [text for _, text in found], broken=broken)
 
 
 def _caption(where: str, text: Any) -> str:
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{where} must have a caption, got {text!r}")
+        raise BadRow(where, f"must have a caption, got {text!r}")
     return text

@@ -34,12 +34,13 @@ class EditPairs(PictureData):
     random_flip: mirrors a training pair, both pictures together, with probability 1/2. Not for instructions that say
         left or right. Flips and places follow from (seed, epoch, which pair) alone, on any number of devices.
     train_batch_size, max_train_samples, max_val_samples, val_fraction, seed, num_workers, max_bad_images: as in
-        `LabelledImages`. A pair with an unreadable picture is skipped whole.
+        `LabelledImages`. A pair with an unreadable picture, without one, without its instruction, or on a line
+        that is no JSON object counts as one unreadable picture, and is skipped whole.
     cache: where encoded training samples are kept, see `Cache`; null encodes at every step.
     buckets: cuts training pairs to sizes of their edited picture's aspect ratio, both pictures alike, see `Buckets`;
         validation pairs stay R x R.
 
-    ValueError, on first use, for a bad source, columns that cannot be told, a pair without instruction or picture.
+    ValueError, on first use, for a bad source, columns that cannot be told, more bad lines than max_bad_images.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ def open_pairs(source: str, columns: Columns, resolution: int, max_bad_images: i
         made, held_out = (MadePairs.draw(fashion.read_parquet(name)[0], resolution) for name in ("train", "test"))
         return made, held_out
     train, *held = [
-        FileImages(listing.pictures, None, listing.texts, resolution, 3, max_bad_images)
+        FileImages(listing.pictures, None, listing.texts, resolution, 3, max_bad_images, broken=listing.broken)
         for listing in read_pairs(source, columns)
     ]
     return train, held[0] if held else None

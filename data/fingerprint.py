@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NOT_CONTENT = {"bad", "max_bad_images", "max_bad_clips", "where"}
+NOT_CONTENT = {"bad", "broken", "max_bad_images", "max_bad_clips", "where"}
 """Attributes that do not say what is in a data set."""
 SCALARS = bool | int | float | str
 

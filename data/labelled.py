@@ -31,7 +31,8 @@ class LabelledImages(PictureData):
         runs with different seeds are compared on the same pictures.
     num_workers: for folders and the Hub; pictures in memory need none.
     random_flip: mirrors a training picture with probability 1/2, as (seed, epoch, which picture) have it.
-    max_bad_images: so many unreadable pictures are reported and skipped; one more ends the run with a list.
+    max_bad_images: so many unreadable pictures, or lines that lack what others have, are reported and skipped; one more
+        ends the run with a list.
     cache: where encoded training samples are kept, see `Cache`; null encodes at every step.
     buckets: cuts training pictures to sizes of their own aspect ratio, see `Buckets`; validation pictures stay R x R.
 

@@ -1,8 +1,8 @@
 """Lists of pictures, nothing decoded, from a local folder or through `datasets`, with class numbers or texts."""
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path as File
 from typing import Any
 
@@ -12,17 +12,45 @@ from torch import Tensor
 from .images import EXTENSIONS
 
 
+class BadRow(ValueError):
+    """A row of a listing that cannot be used: `where` it is, a file and its line, and what is at `fault` there."""
+
+    def __init__(self, where: str, fault: str):
+        super().__init__(where, fault)
+        self.where, self.fault = where, fault
+
+    def __str__(self) -> str:
+        return f"{self.where}, {self.fault}"
+
+
 @dataclass(frozen=True)
 class Listing:
     """One split. `pictures`: for each row a path, or a mapping from batch keys to paths or cells {"bytes", "path"} (a
     list, or a `datasets.Dataset` with undecoded columns); `labels`: a number or a name for each, or None; `texts`:
-    captions or instructions, or None; `names`: the classes, where the source names them."""
+    captions or instructions, or None; `names`: the classes, where the source names them; `broken`: the rows that are
+    never to be read, like unreadable pictures; the rest of them stands for nothing."""
 
     where: str
     pictures: Any
     labels: Sequence[int] | Sequence[str] | None
     texts: Sequence[str] | None = None
     names: tuple[str, ...] | None = None
+    broken: Mapping[int, BadRow] = field(default_factory=dict)
+
+
+def read_each(rows: Sequence[Any], read: Callable[[Any], Any], instead: Any) -> tuple[list[Any], dict[int, BadRow]]:
+    """What `read` makes of each row, and the rows at which it raises `BadRow`, for which `instead` stands. ValueError
+    where that is every row: then something is wrong as a whole."""
+    found, broken = [], dict[int, BadRow]()
+    for number, row in enumerate(rows):
+        try:
+            found.append(read(row))
+        except BadRow as error:
+            broken[number] = error
+            found.append(instead)
+    if broken and len(broken) == len(rows):
+        raise ValueError(f"none of the {len(rows)} rows can be used: {broken[0]}" if len(rows) > 1 else str(broken[0]))
+    return found, broken
 
 
 def read_splits(
@@ -91,21 +119,34 @@ METADATA = "metadata.jsonl"
 
 
 def _metadata(folder: File) -> Listing:
-    rows = read_metadata(folder)
-    pictures = [picture_in(folder, where, row, "file_name") for where, row in rows]
-    columns: dict[str, Any] = {}
-    for name in ("label", "text"):
-        column = [row.get(name) for _, row in rows]
-        if None in column and any(value is not None for value in column):
-            raise ValueError(
-                f"{folder / METADATA} must give all pictures a {name} or none, {pictures[column.index(None)]} has none"
-            )
-        columns[name] = None if None in column else column
-    return Listing(str(folder), pictures, columns["label"], columns["text"])
+    lines = read_metadata(folder)
+    given = [name for name in ("label", "text") if any(line.row.get(name) is not None for line in lines)]
+
+    def read(line: "Line") -> tuple[Any, Any, Any]:
+        picture = picture_in(folder, line, "file_name")
+        for name in given:
+            if line.row.get(name) is None:
+                raise BadRow(line.where, f"must have a {name}, as others have")
+        return picture, line.row.get("label"), line.row.get("text")
+
+    rows, broken = read_each(lines, read, ({}, None, None))
+    pictures, labels, texts = map(list, zip(*rows, strict=True))
+    return Listing(
+        str(folder), pictures, labels if "label" in given else None, texts if "text" in given else None, broken=broken
+    )
 
 
-def read_metadata(folder: File) -> list[tuple[str, dict[str, Any]]]:
-    """The objects in a folder's metadata.jsonl, one a line, each after the words "FILE, line N,"."""
+@dataclass(frozen=True)
+class Line:
+    """A line of metadata.jsonl: `where`, "FILE, line N", and the object that it is, or nothing and what it is."""
+
+    where: str
+    row: dict[str, Any]
+    fault: str | None = None
+
+
+def read_metadata(folder: File) -> list[Line]:
+    """The lines of a folder's metadata.jsonl, without the empty ones. ValueError where there are none."""
     path, rows = folder / METADATA, []
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):  # only \n: a text may hold other line ends
         if not line.strip():
@@ -116,20 +157,23 @@ def read_metadata(folder: File) -> list[tuple[str, dict[str, Any]]]:
             row = None
         if not isinstance(row, dict):
             start = line[:80].decode(errors="replace")
-            raise ValueError(f"{path}, line {number}, must be a JSON object, got {start!r}")
-        rows.append((f"{path}, line {number},", row))
+            rows.append(Line(f"{path}, line {number}", {}, f"must be a JSON object, got {start!r}"))
+        else:
+            rows.append(Line(f"{path}, line {number}", row))
     if not rows:
         raise ValueError(f"{path} must have a line for each picture, found none")
     return rows
 
 
-def picture_in(folder: File, where: str, row: dict[str, Any], column: str) -> File:
-    """The picture that a row of metadata.jsonl names. ValueError where it names none, or one outside the folder."""
-    name = row.get(column)
-    if not isinstance(name, str) or not name:
-        raise ValueError(f'{where} must be an object with "{column}", the path of a picture, got {str(row)[:80]}')
+def picture_in(folder: File, line: Line, column: str) -> File:
+    """The picture that a line of metadata.jsonl names. BadRow where it names none, ValueError for one outside the
+    folder."""
+    name = line.row.get(column)
+    if line.fault or not isinstance(name, str) or not name:
+        told = f'must be an object with "{column}", the path of a picture, got {str(line.row)[:80]}'
+        raise BadRow(line.where, line.fault or told)
     if File(name).is_absolute() or ".." in File(name).parts:  # links are followed: they are the user's own
-        raise ValueError(f'{where} must have a "{column}" inside the folder, got {name!r}')
+        raise ValueError(f'{line.where}, must have a "{column}" inside the folder, got {name!r}')
     return folder / name
 
 
@@ -146,12 +190,21 @@ def list_rows(where: str, rows: Any, image_column: str | None = None, label_colu
     )
     if image is None:
         raise ValueError(f"{where} must have a column of pictures, found {', '.join(kinds)}")
+    columns = {name: rows[name][:] for name in {label, "text"} & kinds.keys()}
+    columns = {name: column for name, column in columns.items() if any(value is not None for value in column)}
+
+    def read(row: int) -> None:
+        for name, column in columns.items():
+            if column[row] is None:
+                raise BadRow(f"{where}, row {row}", f"must have a {name}, as others have")
+
     return Listing(
         where,
         undecoded(rows, {"pixels": image}),
-        labels=rows[label][:] if label else None,
-        texts=rows["text"][:] if "text" in kinds and label != "text" else None,
+        labels=columns.get(label) if label else None,
+        texts=columns.get("text") if label != "text" else None,
         names=tuple(features[label].names) if label and kinds[label] is datasets.ClassLabel else None,
+        broken=read_each(range(len(rows)), read, None)[1],
     )
 
 
@@ -189,22 +242,25 @@ def number_classes(
         raise ValueError(f"{first.where} and {listings[-1].where} must both have labels, or neither")
     if first.labels is None:
         return [None] * len(listings), ()
-    kinds = {type(label) for listing in listings for label in listing.labels or ()}
+    usable: list[list[Any]] = [
+        [label for row, label in enumerate(listing.labels or ()) if row not in listing.broken] for listing in listings
+    ]
+    kinds = {type(label) for labels in usable for label in labels}
     if kinds not in ({int}, {str}):
         found = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise ValueError(f"{first.where}: labels must be all whole numbers or all names, found {found}")
     if kinds == {str}:
-        names = tuple(sorted(set(map(str, first.labels))))
+        names = tuple(sorted(set(map(str, usable[0]))))
     else:
-        count = num_classes or 1 + max(map(int, first.labels))
+        count = num_classes or 1 + max(map(int, usable[0]))
         names = first.names or tuple(str(i) for i in range(count))
     if num_classes not in (None, len(names)):
         raise ValueError(f"{first.where} has {len(names)} classes, but num_classes is {num_classes}")
     numbers: dict[int | str, int] = (
         dict(zip(names, range(len(names)), strict=True)) if kinds == {str} else {i: i for i in range(len(names))}
     )
-    for listing in listings:
-        if unknown := [label for label in listing.labels or () if label not in numbers]:
+    for listing, labels in zip(listings, usable, strict=True):
+        if unknown := [label for label in labels if label not in numbers]:
             known = ", ".join(names) if kinds == {str} else f"in [0, {len(names)})"
             raise ValueError(f"{listing.where}: labels must be {known}; found {unknown[0]!r}, {len(unknown)} time(s)")
-    return [torch.tensor([numbers[label] for label in listing.labels or ()]) for listing in listings], names
+    return [torch.tensor([numbers.get(label, 0) for label in listing.labels or ()]) for listing in listings], names

@@ -5,7 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path as File
 from typing import Any, NamedTuple
 
-from .listings import METADATA, Listing, choose_column, picture_in, read_metadata, read_splits, undecoded
+from .listings import (
+    METADATA,
+    BadRow,
+    Line,
+    Listing,
+    choose_column,
+    picture_in,
+    read_each,
+    read_metadata,
+    read_splits,
+    undecoded,
+)
 
 PICTURE = r"(_?(image|img|picture))?(_file_name)?(\.\w+)?"
 ORIGINAL = re.compile(rf"(original|input|source|src|before){PICTURE}", re.IGNORECASE)
@@ -36,15 +47,16 @@ def list_folder(folder: File, columns: Columns) -> Listing:
     """A folder with metadata.jsonl: the paths of both pictures and the instruction on each line."""
     if not (folder / METADATA).is_file():
         raise ValueError(f"{folder} must hold {METADATA}, with two pictures and an instruction on each line")
-    rows = read_metadata(folder)
-    known = list(dict.fromkeys(key for _, row in rows for key in row))
+    lines = read_metadata(folder)
+    known = list(dict.fromkeys(key for line in lines for key in line.row))
     original, edited, prompt = choose(str(folder / METADATA), known, known, columns)
-    pictures = [
-        {key: picture_in(folder, where, row, column) for key, column in (("pixels", edited), ("image", original))}
-        for where, row in rows
-    ]
-    texts = [_instruction(where, prompt, row.get(prompt)) for where, row in rows]
-    return Listing(str(folder), pictures, labels=None, texts=texts)
+
+    def read(line: Line) -> tuple[dict[str, File], str]:
+        pair = {key: picture_in(folder, line, column) for key, column in (("pixels", edited), ("image", original))}
+        return pair, _instruction(line.where, prompt, line.row.get(prompt))
+
+    rows, broken = read_each(lines, read, ({}, ""))
+    return Listing(str(folder), [pair for pair, _ in rows], None, [text for _, text in rows], broken=broken)
 
 
 def list_rows(where: str, rows: Any, columns: Columns) -> Listing:
@@ -64,26 +76,31 @@ def list_rows(where: str, rows: Any, columns: Columns) -> Listing:
             texts |= {f"{key}.{part}": (key, part) for part in kind}
     original, edited, prompt = choose(where, pictures, list(texts), columns)
     pairs = undecoded(rows, {"pixels": edited, "image": original})
-    for key, column in (("pixels", edited), ("image", original)):
-        _check_pictures(where, column, pairs.data.column(key))
+    lacking = {column: _empty(pairs.data.column(key)) for key, column in (("pixels", edited), ("image", original))}
     column, part = texts[prompt]
     found = [cell if part is None or cell is None else cell[part] for cell in rows[column][:]]
-    checked = [_instruction(f"{where}, row {row},", prompt, text) for row, text in enumerate(found)]
-    return Listing(where, pairs, labels=None, texts=checked)
+
+    def read(row: int) -> str:
+        for name, empty in lacking.items():
+            if row in empty:
+                raise BadRow(f"{where}, row {row}", f"must have a picture in {name}, found none")
+        return _instruction(f"{where}, row {row}", prompt, found[row])
+
+    checked, broken = read_each(range(len(found)), read, "")
+    return Listing(where, pairs, labels=None, texts=checked, broken=broken)
 
 
-def _check_pictures(where: str, column: str, cells: Any) -> None:
-    """ValueError names the first row that has neither the bytes nor the path of a picture."""
+def _empty(cells: Any) -> set[int]:
+    """The rows that have neither the bytes nor the path of a picture."""
     from pyarrow import compute
 
     empty = compute.and_(*(compute.is_null(compute.struct_field(cells, part)) for part in ("bytes", "path")))
-    if (row := compute.index(empty, True).as_py()) >= 0:
-        raise ValueError(f"{where}, row {row}, must have a picture in {column}, found none")
+    return set(compute.indices_nonzero(empty).to_pylist())
 
 
 def _instruction(where: str, column: str, text: Any) -> str:
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{where} must have an instruction in {column}, got {text!r}")
+        raise BadRow(where, f"must have an instruction in {column}, got {text!r}")
     return text
 
 

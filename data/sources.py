@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from . import fashion
 from .images import UNREADABLE, Place, Size, decode, fit, upright_size
-from .listings import list_folder, list_rows, number_classes, read_splits
+from .listings import BadRow, list_folder, list_rows, number_classes, read_splits
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +59,25 @@ def first_readable(
             log.warning("skipped an unreadable %s, %s: %s", kind, name(other), error)
         if bad.count_nonzero() > limit:
             break
-    names = [name(i) for i in bad.nonzero().flatten().tolist()]
-    raise BadImages(
-        f"at most {limit} {kind}s may be unreadable ({option}), found {len(names)} among {len(bad)}: {', '.join(names)}"
-    )
+    raise _too_many([name(i) for i in bad.nonzero().flatten().tolist()], len(bad), limit, kind, option)
+
+
+def check_broken(
+    broken: Mapping[int, BadRow], rows: int, limit: int, kind: str = "picture", option: str = "max_bad_images"
+) -> None:
+    """`BadImages` where more of a listing's rows than `limit` cannot be used, before any picture is read."""
+    if len(broken) > limit:
+        shown = [f"{bad.where} ({bad.fault})" for bad in [*broken.values()][: limit + 1]]
+        shown += [f"{len(broken) - len(shown)} more"] if len(shown) < len(broken) else []
+        raise _too_many(shown, rows, limit, kind, option, len(broken))
+
+
+def _too_many(
+    names: Sequence[str], rows: int, limit: int, kind: str, option: str, count: int | None = None
+) -> BadImages:
+    found = len(names) if count is None else count
+    told = f"at most {limit} {kind}s may be unreadable ({option}), found {found} among {rows}"
+    return BadImages(f"{told}: {', '.join(names)}")
 
 
 class MemoryImages(Dataset):
@@ -86,9 +101,9 @@ class FileImages(Dataset):
     """Pictures decoded when they are asked for.
 
     `pictures`: for each row a path, or a mapping from batch keys to pictures; see `Listing`. `check`: called with each
-    row of these that is read, raises where what belongs to its picture cannot be read. A row with a picture that
-    cannot be read is reported, and the next readable one stands in for it, so that batches keep their size; beyond
-    `max_bad_images` of them, counted over all loader workers of a process, `BadImages` lists their names.
+    row of these that is read, raises where what belongs to its picture cannot be read; of `broken` rows that is known.
+    A row that cannot be read is reported, and the next readable one stands in for it, so that batches keep their size;
+    beyond `max_bad_images` of them, counted over all loader workers of a process, `BadImages` lists their names.
     """
 
     decodes = True  # which loader workers are worth
@@ -105,7 +120,10 @@ class FileImages(Dataset):
         max_bad_images: int,
         rows: Tensor | None = None,
         check: Callable[[int], object] | None = None,
+        broken: Mapping[int, BadRow] | None = None,
     ):
+        check_broken(broken or {}, len(pictures), max_bad_images)
+        self.broken = broken or {}
         self.pictures, self.labels, self.texts, self.check = pictures, labels, texts, check
         self.resolution, self.channels, self.max_bad_images = resolution, channels, max_bad_images
         self.rows = torch.arange(len(pictures)) if rows is None else rows
@@ -117,7 +135,8 @@ class FileImages(Dataset):
 
     def select(self, rows: Tensor) -> "FileImages":
         settings = (self.resolution, self.channels, self.max_bad_images)
-        return FileImages(self.pictures, self.labels, self.texts, *settings, rows=self.rows[rows], check=self.check)
+        held: dict[str, Any] = {"rows": self.rows[rows], "check": self.check, "broken": self.broken}
+        return FileImages(self.pictures, self.labels, self.texts, *settings, **held)
 
     def sides(self) -> Tensor:
         """The upright height and width (N, 2) of each row's picture, of pairs the edited one, by their headers alone;
@@ -163,6 +182,8 @@ class FileImages(Dataset):
         size = self.resolution if self.groups is None else self.sizes[int(self.groups[index])]
 
         def read(row: int) -> dict[str, Tensor]:
+            if broken := self.broken.get(int(self.rows[row])):
+                raise ValueError(broken.fault)
             pictures, found = self._pictures(row), {}
             if self.check is not None:
                 self.check(int(self.rows[row]))
@@ -182,6 +203,8 @@ class FileImages(Dataset):
 
     def _name(self, index: int) -> str:
         """What to call the unreadable picture of a row."""
+        if broken := self.broken.get(int(self.rows[index])):
+            return broken.where
         picture = list(self._pictures(index).values())[int(self.bad[index]) - 1]
         path = picture if isinstance(picture, File) else (picture or {}).get("path")
         return str(path or f"row {int(self.rows[index])}")
@@ -224,7 +247,9 @@ def open_source(
     )
     labels, names = number_classes(listings, num_classes)
     train, *held = [
-        FileImages(listing.pictures, numbers, listing.texts, resolution, channels, max_bad_images)
+        FileImages(
+            listing.pictures, numbers, listing.texts, resolution, channels, max_bad_images, broken=listing.broken
+        )
         for listing, numbers in zip(listings, labels, strict=True)
     ]
     return train, held[0] if held else None, names

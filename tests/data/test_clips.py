@@ -279,9 +279,33 @@ def test_bad_metadata(tmp_path, change, sentence):
         clips(tmp_path).setup()
 
 
+def test_bad_lines_and_captions_are_skipped_and_named_up_to_the_limit(tmp_path, caplog):
+    lay_out(tmp_path / "lines", range(1, 9))
+    path = tmp_path / "lines" / "metadata.jsonl"
+    lines = path.read_text().splitlines()
+    lines[1], lines[4] = "clip", json.dumps(json.loads(lines[4]) | {"text": 3})
+    path.write_text("\n".join(lines))
+    data = clips(tmp_path / "lines", max_bad_clips=2, val_fraction=0.5, train_batch_size=1)
+    seen = {text for batch in (*data.train_dataloader(), data.held_out(4)) for text in batch["text"]}
+    assert seen == {f"clip {n}" for n in (1, 3, 4, 6, 7, 8)} and caplog.text.count("skipped an unreadable clip") == 2
+    assert f"{path}, line 2: must be a JSON object, got 'clip'" in caplog.text
+    assert f"{path}, line 5: must have a caption, got 3" in caplog.text
+    with pytest.raises(
+        ValueError, match=r"at most 1 clips may be unreadable \(max_bad_clips\), found 2 among 8: .*line 5"
+    ):
+        clips(tmp_path / "lines", max_bad_clips=1).setup()
+    caplog.clear()
+    for number in range(4):
+        write_folder(tmp_path / "beside" / f"{number}", number + 1)
+        (tmp_path / "beside" / f"{number}.txt").write_text(f"clip {number}" if number else " ")
+    data = clips(tmp_path / "beside", val_fraction=0.5, train_batch_size=1)
+    seen = {text for batch in (*data.train_dataloader(), data.held_out(2)) for text in batch["text"]}
+    assert "" not in seen and "0.txt: must have a caption, got ''" in caplog.text
+
+
 def test_a_video_without_a_caption(tmp_path):
     (tmp_path / "a.mp4").touch()
-    with pytest.raises(ValueError, match=r"a\.mp4 must have its caption beside it, a\.txt; there is none"):
+    with pytest.raises(ValueError, match=r"a\.mp4, must have its caption beside it, a\.txt; there is none"):
         clips(tmp_path).setup()
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 from types import SimpleNamespace
 
@@ -189,12 +190,12 @@ def test_webdataset_shards(tmp_path, cache, kind):
 def hub(monkeypatch):
     """Makes `EditPairs("some/name")` find these columns, of these types."""
 
-    def holds(columns, features):
+    def holds(columns, features, **options):
         rows = datasets.Dataset.from_dict(columns, features=features)
         monkeypatch.setattr(
             "datasets.load_dataset", lambda *asked: asked == ("some/name", "config") and {"train": rows}
         )
-        return pairs("some/name:config")
+        return pairs("some/name:config", **options)
 
     return holds
 
@@ -221,8 +222,11 @@ def test_rows_that_lack_something(hub, column, cell, message):
     if cell:  # as other programs write parquet: nothing says that these are pictures
         features[column] = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
     columns[column][2] = cell
-    with pytest.raises(ValueError, match=message):
-        hub(columns, features).setup()
+    with pytest.raises(ValueError, match=message.replace(", must", r" \(must")):
+        hub(columns, features, max_bad_images=0).setup()
+    data = hub(columns, features, train_batch_size=1, val_fraction=0.5)
+    shown = {n for batch in data.train_dataloader() for n in numbers(batch)} | set(numbers(data.held_out(3)))
+    assert shown == {10, 11, 13, 14, 15}
 
 
 # --- what is refused
@@ -248,9 +252,10 @@ GOOD = {"input_image": "a.png", "edited_image": "b.png", "edit_prompt": "make it
     ],
 )
 def test_bad_lines(tmp_path, line, message):
+    """Each is refused where none may be."""
     write_lines(tmp_path, [GOOD, line])
-    with pytest.raises(ValueError, match=message) as caught:
-        pairs(tmp_path).setup()
+    with pytest.raises(ValueError, match=message.replace(", must", r",? \(?must")) as caught:
+        pairs(tmp_path, max_bad_images=0).setup()
     assert "\n" not in str(caught.value)
 
 
@@ -289,6 +294,44 @@ def test_bad_sources_and_options(tmp_path, folder):
         pairs(folder, train_batch_size=64).train_dataloader()
     with pytest.raises(ValueError, match="val_fraction"):
         pairs(folder, val_fraction=1.0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_lines_are_skipped_and_named_up_to_the_limit(folder, workers, caplog):
+    """With a bad picture they count as one kind of row."""
+    path = folder / "metadata.jsonl"
+    lines = path.read_text().splitlines()
+    lines[3], lines[5] = lines[3][:-4], json.dumps(json.loads(lines[5]) | {"text": None})
+    path.write_text("\n".join(lines))
+    bad = {int(re.search(r"edited/(\d+)", lines[row])[1]) for row in (3, 5)} | {21}
+    (folder / "edited" / "21.png").write_bytes(b"broken")
+    data = pairs(folder, num_workers=workers, max_bad_images=3, val_fraction=0.05)
+    loader = data.train_dataloader()
+    seen = [numbers(batch) for _ in range(2) for batch in loader]
+    assert [len(batch) for batch in seen] == [4] * len(seen) and not bad & {n for batch in seen for n in batch}
+    if not workers:  # whose log is their own
+        assert caplog.text.count("skipped an unreadable picture") == 3
+        assert f"{path}, line 4: must be a JSON object, got" in caplog.text
+        assert f"{path}, line 6: must have an instruction in text, got None" in caplog.text
+    with pytest.raises(ValueError, match=r"at most 2 pictures may be unreadable .*, found 3 among") as caught:
+        list(pairs(folder, num_workers=workers, max_bad_images=2, val_fraction=0.05).train_dataloader())
+    assert f"{path}, line 4, {path}, line 6" in str(caught.value) and "21.png" in str(caught.value)
+
+
+def test_more_bad_lines_than_allowed_are_refused_before_training(folder):
+    path = folder / "metadata.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:2], *("{" for _ in lines[2:])]))
+    with pytest.raises(ValueError, match=rf"\(max_bad_images\), found {len(lines) - 2} among {len(lines)}: ") as caught:
+        pairs(folder, max_bad_images=1).setup()
+    told = "line {} (must be a JSON object, got '{{')"
+    assert f"{path}, {told.format(3)}, {path}, {told.format(4)}, {len(lines) - 4} more" in str(caught.value)
+    path.write_text("\n".join("{" for _ in lines))
+    with pytest.raises(ValueError, match="must have a column original_image"):
+        pairs(folder, max_bad_images=100).setup()
+    path.write_text("\n".join(json.dumps(json.loads(line) | {"text": ""}) for line in lines))
+    with pytest.raises(ValueError, match=rf"none of the {len(lines)} rows can be used: .*line 1, must have an instruc"):
+        pairs(folder, max_bad_images=100).setup()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -221,7 +221,8 @@ class Bundle:
 
     def replay(self) -> Replay:
         """Samples the recorded batch again, with its own composition and thread count. ValueError if there is none."""
-        then = self.recorded()
-        with refusing(self.folder), threads_of(then.threads), as_written(self.model.network), reproducible():
+        then, prior = self.recorded(), self.guidance and self.guidance.prior
+        models = {self.model, prior.model if prior else self.model}
+        with refusing(self.folder), threads_of(then.threads), as_written(self.model.network), reproducible(*models):
             found = self.sample(then.condition, then.seeds, max_batch=then.max_batch).cpu()
             return Replay.beside(then, found, self.manifest["environment"], device_name(device_of(self.model)))

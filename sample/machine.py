@@ -44,16 +44,21 @@ def row_major(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def reproducible() -> Iterator[None]:
-    """For a while a GPU computes float32 in full and adds in one order: otherwise cuDNN rounds to TF32, and may choose
-    convolutions that add as it happens."""
+def reproducible(*modules: nn.Module) -> Iterator[None]:
+    """For a while all is decided to the last bit: the modules' weights ask for no gradient, by which torch chooses how
+    it multiplies, and a GPU computes float32 in full, in place of TF32, and adds in one order."""
     before = torch.get_float32_matmul_precision()
+    trained = {parameter for module in modules for parameter in module.parameters() if parameter.requires_grad}
     torch.set_float32_matmul_precision("highest")
     try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             yield
     finally:
         torch.set_float32_matmul_precision(before)
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def compile_network(network: nn.Module, sizes: int = 0) -> None:

@@ -39,10 +39,11 @@ class Recorded:
         max_batch: int | None = None,
     ) -> "Recorded":
         """Samples the batch on its own, as `Bundle.replay` will. ValueError unless the networks are in eval mode."""
-        for network in {model, guidance.prior.model if guidance.prior else model}:
+        models = {model, guidance.prior.model if guidance.prior else model}
+        for network in models:
             if any(module.training for module in network.modules()):
                 raise ValueError(f"{type(network).__name__} is in train mode; call eval() on it before recording")
-        with reproducible():
+        with reproducible(*models):
             made = pictures(model, condition, seeds, guidance, sampler, sampler.make(model), max_batch).cpu()
         return cls(condition, tuple(seeds), made, max_batch, torch.get_num_threads(), device_name(device_of(model)))
 

@@ -67,11 +67,14 @@ def test_float32_in_full_for_a_while(monkeypatch):
     before = torch.get_float32_matmul_precision(), cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32
     torch.set_float32_matmul_precision("high")
     try:
-        with pytest.raises(KeyError), reproducible():
+        network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
+        with pytest.raises(KeyError), reproducible(network):
+            assert not any(parameter.requires_grad for parameter in network.parameters())
             assert torch.get_float32_matmul_precision() == "highest"
             assert cudnn.deterministic and not cudnn.benchmark and not cudnn.allow_tf32
             raise KeyError
         assert torch.get_float32_matmul_precision() == "high"
+        assert [parameter.requires_grad for parameter in network.parameters()] == [True, True, False, False]
     finally:
         torch.set_float32_matmul_precision(before[0])
     assert (cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32) == before[1:]

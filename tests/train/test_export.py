@@ -272,7 +272,8 @@ SYSTEMS = sorted(path.stem.removesuffix("_offline") for path in CONFIGS.glob("*_
 
 @pytest.mark.parametrize(("system", "options"), [(name, []) for name in SYSTEMS] + [("versatile", ["channels_last"])])
 def test_pictures_are_recorded_and_replayed_in_one_layout(system, options, tmp_path, monkeypatch):
-    """By the layout of what it is given a GPU chooses its kernels, whose last bits differ."""
+    """By the layout of what it is given, and by whether weights ask for a gradient, torch chooses its kernels, which
+    round in their own ways, on a GPU in the first place."""
     monkeypatch.setattr(exporting, "verify_apart", lambda folder: "not verified apart")
     run, seen = tmp_path / "run", {"export": [], "verify": []}
     configs = [*config(system), *config(f"{system}_offline"), "--threads", "1"]
@@ -294,11 +295,11 @@ def layout(options):
 
 
 def watched(seen, call, *args, **kwargs):
-    """The call; what each module of it was given, and its weights, go to `seen`: their shapes and strides."""
+    """The call; what each module of it was given, and its weights, go to `seen`: shapes, strides, gradients."""
 
     def look(module, inputs):
         tensors = [*(i for i in inputs if isinstance(i, torch.Tensor)), *module.parameters(recurse=False)]
-        seen.append((type(module).__name__, *((tuple(tensor.shape), tensor.stride()) for tensor in tensors)))
+        seen.append((type(module).__name__, *((tuple(t.shape), t.stride(), t.requires_grad) for t in tensors)))
 
     hook = torch.nn.modules.module.register_module_forward_pre_hook(look)
     try:

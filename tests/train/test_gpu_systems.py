@@ -34,7 +34,7 @@ def fit(run: Path, *names: str, **options: str) -> None:
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_it_goes_the_whole_way(system, tmp_path, monkeypatch):
+def test_it_goes_the_whole_way(system, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("priorguide.train.export.verify_apart", lambda folder: "not verified apart")
     run, bundle = tmp_path / "run", tmp_path / "run" / "bundle"
     fit(run, system, f"{system}_offline")
@@ -46,6 +46,7 @@ def test_it_goes_the_whole_way(system, tmp_path, monkeypatch):
     )
     assert main(["export", str(run), "--prior", prior, "--scale", ":".join(f"{scale:g}" for scale in scales)]) == 0
     assert main(["verify", str(bundle), "--device", "cuda"]) == 0
+    assert "recorded pictures: bit for bit the same" in capsys.readouterr().out
     assert main(["sample", str(bundle), "--recorded", "--device", "cuda", "--out", str(tmp_path / "pictures")]) == 0
     loaded = Bundle.load(bundle)  # on the CPU, whose pictures are the GPU's but for rounding
     recorded = loaded.recorded()

@@ -297,6 +297,16 @@ def test_what_stands_in_for_a_bad_picture_has_the_size_of_the_row_asked_for(make
     assert "; 1 of unknown size, as their headers cannot be read, count as squares" in capsys.readouterr().out
 
 
+def test_a_row_that_cannot_be_used_counts_as_a_square(tmp_path, caplog, capsys):
+    lay_out(tmp_path)
+    with (tmp_path / "metadata.jsonl").open("a") as lines:
+        lines.write('{"input": "square1.png", "output": "pictures/1.png"}\n')
+    data = edit_pairs(tmp_path, val_fraction=0.01, train_batch_size=25)
+    train = [number for batch in data.train_dataloader() for number in numbers(batch)]
+    assert len(train) == 24 and caplog.text.count("unreadable") == 1
+    assert "; 1 of unknown size" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("make", [labelled, edit_pairs])
 def test_flips_and_places_follow_from_seed_epoch_and_row(make, folder):
     """Whatever the batches, workers and devices."""

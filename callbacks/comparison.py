@@ -117,7 +117,7 @@ class PriorComparison(L.Callback):
     # --- when
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.priors = without_copies(self.priors, pl_module.model)  # type: ignore[arg-type]
+        self.priors = without_copies(self.priors, pl_module.model, tell_others=True)  # type: ignore[arg-type]
         self.check(pl_module.model)  # type: ignore[arg-type]
         check_enough(trainer.datamodule, self.num_conditions, self._reference())  # type: ignore[attr-defined]
 

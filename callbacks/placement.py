@@ -15,7 +15,7 @@ from ..sample.bits import bytes_of, reduce_bits
 from ..sample.candidates import Candidate
 from ..sample.guidance import Arm, Guidance, Prior
 from ..sample.model import Condition, DiffusionModel, with_network
-from ..sample.own_base import is_own_base
+from ..sample.own_base import adapted, why_another
 from ..sample.precision import guided_change
 from .shares import moved
 
@@ -27,18 +27,29 @@ WORDS = {
 }
 
 
-def without_copies(candidates: Mapping[str, Candidate], model: DiffusionModel) -> dict[str, Candidate]:
+def without_copies(
+    candidates: Mapping[str, Candidate], model: DiffusionModel, tell_others: bool = False
+) -> dict[str, Candidate]:
     """The candidates, those whose prior is the base of the model's own adapter as "base", and said to be: the model's
-    network with the adapter off, so that the second one is let go."""
+    network with the adapter off, so that the second one is let go. tell_others: beside an adapter, says of the other
+    networks too what they take, and why."""
+    if not adapted(model):
+        return dict(candidates)
     found = dict(candidates)
     for name, candidate in candidates.items():
         prior = candidate.prior
-        if isinstance(prior, DiffusionModel) and not candidate.keep and is_own_base(prior, model):
+        if not isinstance(prior, DiffusionModel):
+            continue
+        size = _size(bytes_of(prior.network))
+        why = f"it sees {', '.join(candidate.keep)} (keep)" if candidate.keep else why_another(prior, model)
+        if why is None:
             found[name] = replace(candidate, prior="base")
             rank_zero_only(print)(
                 f"prior {name} is the adapter's own base, weight for weight: it is the network itself with the adapter "
-                f"off, and takes no memory of its own ({_size(bytes_of(prior.network))} let go)"
+                f"off, and takes no memory of its own ({size} let go)"
             )
+        elif tell_others:
+            rank_zero_only(print)(f"prior {name} is a second network of {size}: {why}")
     return found
 
 

@@ -58,6 +58,11 @@ def in_few_bits(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def bits_of(layer: nn.Module) -> Bits:
+    """How one of those layers holds its weights."""
+    return "nf4" if type(layer).__name__ == "Linear4bit" else "int8"
+
+
 def restore_bits(network: nn.Module) -> None:
     """Those layers, in place, as torch's in float32 again, with the weights that they stand for."""
     for name, layer in list(in_few_bits(network)):

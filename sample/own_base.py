@@ -4,36 +4,44 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_rows import UNTUNED, unadapted
-from .bits import in_few_bits
+from .bits import bits_of, in_few_bits
 from .guidance import unconditional
 from .model import DiffusionModel
 
 
-def is_own_base(base: DiffusionModel, model: DiffusionModel) -> bool:
-    """Whether the prior `base` predicts at its null what the model does at its own with the adapter off.
+def adapted(model: DiffusionModel) -> bool:
+    """Whether there is an adapter in the model's network."""
+    return any(".lora_" in name for name, _ in model.network.named_parameters())
 
-    That is so where path, prediction, latents and null are the same, and every weight is, but for what the model's
+
+def why_another(base: DiffusionModel, model: DiffusionModel) -> str | None:
+    """None where the prior `base` predicts at its null what an adapted model does at its own with the adapter off;
+    otherwise the first thing found that makes it another.
+
+    None is for where path, prediction, latents and null are the same, and every weight is, but for what the model's
     class says is `added`: there the base's lies within the model's, the rest being zero (new input channels), or ends
     in the same row (classes, the last of which is the null); and both are asked once, since a base may lack such parts.
-    False where the model has no adapter, or holds its base in fewer bits.
+    Weights in fewer bits are those of no other network.
     """
-    adapted = any(".lora_" in name for name, _ in model.network.named_parameters())
-    if not adapted or next(in_few_bits(model.network), None) is not None:
-        return False
-    return _same_terms(base, model) and _same_weights(base, model) and _same_prediction(base, model)
-
-
-def _same_terms(base: DiffusionModel, model: DiffusionModel) -> bool:
-    if (base.path, base.prediction, base.space, base.shape[0]) != (
-        model.path,
-        model.prediction,
-        model.space,
-        model.shape[0],
-    ):
-        return False
+    terms = {
+        "noise schedule": (base.path, model.path),
+        "prediction": (base.prediction, model.prediction),
+        "space of latents": ((base.space, base.shape[0]), (model.space, model.shape[0])),
+    }
+    for name, (other, own) in terms.items():
+        if other != own:
+            return f"its {name} is not that of the adapter's base"
     nulls = base.null({}), model.null({})
     both = nulls[0].keys() & nulls[1].keys()
-    return all(_equal(nulls[0][name], nulls[1][name]) for name in both if nulls[0][name].is_floating_point())
+    if not all(_equal(nulls[0][name], nulls[1][name]) for name in both if nulls[0][name].is_floating_point()):
+        return "its null condition is not that of the model"
+    if (held := next(in_few_bits(model.network), None)) is not None:
+        return (
+            f"the base below the adapter is in {bits_of(held[1])}, which no other network is (`base: base` shares it)"
+        )
+    if not _same_weights(base, model):
+        return "its weights are not those of the adapter's base"
+    return None if _same_prediction(base, model) else "it does not predict what the adapter's base does"
 
 
 def _same_weights(base: DiffusionModel, model: DiffusionModel) -> bool:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from oracle import pixel_model
 
+from priorguide.sample import own_base
 from priorguide.sample.models.dit import DiT
 from priorguide.sample.models.dynamicrafter import DynamiCrafter
 from priorguide.sample.models.image_variations import ImageVariations
@@ -15,7 +16,7 @@ from priorguide.sample.models.stable_diffusion import StableDiffusion
 from priorguide.sample.models.videocrafter import VideoCrafter
 from priorguide.sample.models.zero123 import Zero123
 from priorguide.sample.open_clip import tiny_tower
-from priorguide.sample.own_base import is_own_base
+from priorguide.sample.own_base import why_another
 from priorguide.train.adapters import Lora, add_adapter
 
 PAIRS = {
@@ -55,7 +56,7 @@ def pair(request):
 def test_the_base_itself_is_known_and_nothing_changes(pair):
     base, model = pair
     modes, state = [m.training for m in model.modules()], torch.get_rng_state()
-    assert is_own_base(copy.deepcopy(base), model)
+    assert why_another(copy.deepcopy(base), model) is None
     assert modes == [m.training for m in model.modules()] and torch.equal(state, torch.get_rng_state())
 
 
@@ -64,9 +65,12 @@ def test_one_weight_makes_another_network(pair):
     for name, tensor in base.network.state_dict().items():
         before = tensor.clone()
         tensor.view(-1)[-1] += 1e-4  # of a table of classes that is in the row of the null
-        assert not is_own_base(base, model), name
+        assert why_another(base, model) in (WEIGHTS, NULL), name
         tensor.copy_(before)
-    assert is_own_base(base, model)
+    assert why_another(base, model) is None
+
+
+WEIGHTS, NULL = "its weights are not those of the adapter's base", "its null condition is not that of the model"
 
 
 def small():
@@ -77,29 +81,31 @@ def small():
 def test_other_terms_make_another_prior():
     base, model = small()
     (other := copy.deepcopy(base)).null_text[0, 0, 0] += 1e-4
-    assert not is_own_base(other, model)
+    assert why_another(other, model) == NULL
     (other := copy.deepcopy(base)).prediction = "v_prediction"
-    assert not is_own_base(other, model)
+    assert why_another(other, model) == "its prediction is not that of the adapter's base"
     (other := copy.deepcopy(base)).space = "others"
-    assert not is_own_base(other, model)
+    assert why_another(other, model) == "its space of latents is not that of the adapter's base"
     (other := copy.deepcopy(base)).path = DiT.tiny().path
-    assert not is_own_base(other, model)
+    assert why_another(other, model) == "its noise schedule is not that of the adapter's base"
     for module in (other := copy.deepcopy(base)).network.modules():  # which no weight tells
         if hasattr(module, "heads"):
             module.heads *= 2
-    assert not is_own_base(other, model)
+    assert why_another(other, model) == "it does not predict what the adapter's base does"
 
 
 def test_new_channels_that_are_not_zero_make_another_prior():
     base, model = small()
     model.network.conv_in.untuned.weight.data[0, -1, 0, 0] = 1e-4
-    assert not is_own_base(base, model)
+    assert why_another(base, model) == WEIGHTS
 
 
 def test_without_an_adapter_or_with_a_base_that_is_trained_or_in_few_bits_there_is_none():
     base, model = small()
-    assert not is_own_base(base, PAIRS["InstructPix2Pix"][1](base))
+    assert own_base.adapted(model) and not own_base.adapted(PAIRS["InstructPix2Pix"][1](base))
     model.network.get_parameter("conv_norm_out.weight").requires_grad_(True)
-    assert not is_own_base(base, model)
+    assert why_another(base, model) == WEIGHTS
     pytest.importorskip("bitsandbytes")
-    assert not is_own_base(base, adapted(PAIRS["InstructPix2Pix"][1], base, Lora(rank=2, base_bits="int8")))
+    for bits in ("int8", "nf4"):
+        said = why_another(base, adapted(PAIRS["InstructPix2Pix"][1], base, Lora(rank=2, base_bits=bits)))
+        assert said == f"the base below the adapter is in {bits}, which no other network is (`base: base` shares it)"

@@ -9,6 +9,7 @@ from oracle import pixel_model
 
 from priorguide.callbacks.comparison import PriorComparison
 from priorguide.sample.adapter_rows import Unadapted
+from priorguide.sample.bits import bytes_of
 from priorguide.sample.candidates import Candidate
 from priorguide.sample.compare import compare, cost
 from priorguide.sample.guidance import Guidance, unconditional
@@ -199,17 +200,21 @@ def test_a_second_model_of_it_is_let_go(tmp_path, capsys, monkeypatch, weight):
     seen = []
     callback.evaluate = lambda *a, **k: seen.append(PriorComparison.evaluate(callback, *a, **k)) or seen[-1]
     trainer(tmp_path, 3, callbacks=[callback]).fit(tuning, Pictures())
-    said = [line.split(" is ")[0] for line in capsys.readouterr().out.splitlines() if "adapter's own base" in line]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("prior ")]
+    said = [line.split(" is ")[0] for line in lines if "adapter's own base" in line]
     held = [candidate.prior for candidate in callback.priors.values()]
     with tuning.averaged() as model:
         bound = callback.candidates(model)["mine", (2.0,)].prior
         assert (held[1] is second) == bool(weight) and callback.priors["mine"].mix == 0.5
         if weight:
             assert said == [] and bound.model is second
+            size = f"{bytes_of(second.network) / 1e6:.2g} MB"
+            why = f"is a second network of {size}: its weights are not those of the adapter's base"
+            assert lines == [f"prior mine {why}", f"prior kept {why}"]
             return
         assert held == [None, "base", "base"] and said == ["prior mine", "prior kept"]
         assert isinstance(bound.model.network, Unadapted) and bound.model.network.network is model.network
-    monkeypatch.setattr("priorguide.callbacks.comparison.without_copies", lambda priors, model: priors)
+    monkeypatch.setattr("priorguide.callbacks.comparison.without_copies", lambda priors, model, tell_others: priors)
     apart = PriorComparison(given, [2.0], STEPS, every_n_steps=3, **options)
     wanted = apart.evaluate(tuning, Pictures()).pictures
     assert apart.priors["mine"].prior is second and seen[0].pictures.keys() == wanted.keys()

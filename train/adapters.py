@@ -34,7 +34,8 @@ class Lora:
 
 def add_adapter(network: nn.Module, lora: Lora, in_full: Sequence[str]) -> None:
     """Freezes the network but for a new adapter, which changes nothing yet, and for parameters whose names start with
-    one of `in_full`: those that the base does not have. ValueError where nothing matches."""
+    one of `in_full`: those that the base does not have. ValueError where nothing matches,
+    or not every name in `target_modules` that is no group's."""
     from peft import LoraConfig, inject_adapter_in_model
 
     if lora.rank < 1:
@@ -45,8 +46,13 @@ def add_adapter(network: nn.Module, lora: Lora, in_full: Sequence[str]) -> None:
     # What is trained in full has no adapter besides.
     found = {n: m for n, m in network.named_modules() if f".{n}".endswith(ends) and not n.startswith(tuple(in_full))}
     places = [place for name, module in found.items() for place in _layers(name, module)]
-    if not places:
-        raise ValueError(f"the network has no layers called {', '.join(lora.target_modules)}, to be adapted")
+    own = [name for name in lora.target_modules if name not in GROUPS]
+    missing = [name for name in own if not any(f".{n}".endswith(f".{name}") for n in found)]
+    if missing or not places:
+        raise ValueError(
+            f"the network has no layers called {', '.join(missing or lora.target_modules)}, to be adapted: "
+            f"lora.target_modules takes {', '.join(GROUPS)}, or how the names of layers end"
+        )
     config = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=places)  # type: ignore[arg-type]
     if lora.base_bits:
         reduce_bits(network, lora.base_bits, leave=in_full)

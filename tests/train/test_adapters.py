@@ -78,7 +78,14 @@ def test_checkpoints_hold_what_is_trained_alone(tuning):
 
 
 @pytest.mark.parametrize(
-    ("lora", "sentence"), [(Lora(0), "rank must be at least 1"), (Lora(target_modules=("none",)), "none")]
+    ("lora", "sentence"),
+    [
+        (Lora(0), "rank must be at least 1"),
+        *(
+            (Lora(target_modules=names), "called none, to be adapted: .* attention, projections, convolutions, or")
+            for names in (("none",), ("attention", "none"))
+        ),
+    ],
 )
 def test_adapters_that_fit_nothing_are_refused(lora, sentence):
     with pytest.raises(ValueError, match=sentence):

@@ -132,8 +132,11 @@ def test_wrong_arguments(arguments, capsys):
         (("model.model.init_args.widen", 2), "config key 'model.model': Option 'widen' is not accepted"),
         ((f"{COMPARISON}.every", 2), "config key 'trainer.callbacks': Option 'every' is not accepted"),
         (("data.init_args.colour", True), "config key 'data': Option 'colour' is not accepted"),
-        (("model.density", "normal"), "config key 'model.density': Expected"),
-        (("model.learning_rate", "fast"), "config key 'model.learning_rate': Expected a <class 'float'>"),
+        (
+            ("model.density", "normal"),
+            "config key 'model.density': must be one of 'uniform', 'logit_normal', 'mode', got normal",
+        ),
+        (("model.learning_rate", "fast"), "config key 'model.learning_rate': must be a number, got fast"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
@@ -147,6 +150,32 @@ def test_an_override_that_is_wrong(refused, config):
     assert "--model.nonsense" in refused("fit", "--config", config(), "--model.nonsense", "3", status=2)
     said = refused("fit", "--config", config(), "--model.learning_rate", "nan", status=2)
     assert "config key 'model.learning_rate'" in said
+
+
+LIST, KEYS = "must be a list, as [{0}] is, got {0}", "takes keys of its own"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("model.lora.target_modules", "attention", f"config key 'target_modules': {LIST.format('attention')}"),
+        ("model.lora.base_bits", "4", "config key 'base_bits': must be one of 'int8', 'nf4', got 4"),
+        ("model.lora.rank", "x", "config key 'rank': must be a whole number, got x"),
+        ("model.lora", "5", f"{KEYS} (lora.rank, lora.lora_alpha, lora.target_modules, lora.base_bits), got 5"),
+        ("model.betas", "0.9", f"config key 'model.betas': {LIST.format('0.9')}"),
+        ("model.channels_last", "perhaps", "must be true or false, got perhaps"),
+        ("model.lr_multipliers", "3", f"'model.lr_multipliers': {KEYS}, each with a value, got 3"),
+        ("model.drop", "3", "config key 'model.drop': must be a list of mappings, got 3"),
+        ("data", "foo", "config key 'data': must give a class_path, with init_args, got foo"),
+        ("data.init_args.buckets", "8", f"'buckets': {KEYS} (buckets.max_ratio, buckets.step), got 8"),
+        ("data.init_args.buckets", "[8]", f"'buckets': {KEYS}, each with a value, got [8]"),
+        ("data.init_args.buckets.step", "x", "config key 'step': must be a whole number, got x"),
+        ("data.init_args.source", "[1]", "config key 'source': must be a text, got [1]"),
+    ],
+)
+def test_a_value_of_another_kind_is_told_in_a_configs_words(refused, config, key, value, expected):
+    said = refused("fit", "--config", config(), f"--{key}", value, status=2)
+    assert f"{expected} (`priorguide fit --options`" in said and "Expected" not in said
 
 
 def test_a_config_that_is_no_file_or_no_yaml(refused, tmp_path):

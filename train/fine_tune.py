@@ -55,7 +55,7 @@ class FineTune(L.LightningModule):
         lora: trains a low-rank adapter, and in full only what the base does not have, in place of the whole network.
         gradient_checkpointing: recomputes activations in the backward pass: less memory, more time.
         compile: torch.compile of the network in training; validation and comparisons run it as written.
-        channels_last: the layout that convolutions on GPUs are quickest in; of no use to transformers.
+        channels_last: the layout that convolutions on GPUs are quickest in; refused for transformers, which have none.
         max_bad_steps: how many steps whose gradient is not finite, or far too long, may be left out over the run, each
             written to the run's bad_steps.jsonl; every step then waits for the device once. At 0, the loss is looked at
             where it is logged, and ends the run.

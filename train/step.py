@@ -13,13 +13,14 @@ from .sharding import local
 
 
 def to_channels_last(network: nn.Module) -> None:
-    """Kernels of 2-D convolutions with their channels last, which their outputs then have too. ValueError where there
-    are none."""
-    kernels = [module.weight for module in network.modules() if isinstance(module, nn.Conv2d)]
-    if not kernels:
-        raise ValueError(f"{type(network).__name__} has no 2-D convolutions to gain from channels_last: leave it off")
-    for kernel in kernels:
-        kernel.data = kernel.data.contiguous(memory_format=torch.channels_last)
+    """Kernels of 2-D convolutions with their channels last, which their outputs then have too. ValueError where none
+    gains by it: where there are none, or patch embeddings alone, whose windows do not overlap."""
+    layers = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    if all(layer.kernel_size == layer.stride for layer in layers):
+        kind, but = type(network).__name__, " but for the embedding of patches" if layers else ""
+        raise ValueError(f"{kind} has no 2-D convolutions to gain from channels_last{but}: leave it off")
+    for layer in layers:
+        layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
 
 
 @contextmanager

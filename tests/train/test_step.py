@@ -14,6 +14,8 @@ from torch import nn
 from priorguide.callbacks.comparison import PriorComparison
 from priorguide.sample.loop import Sampler
 from priorguide.sample.models.dit import DiT
+from priorguide.sample.models.instruct_pix2pix import InstructPix2Pix
+from priorguide.sample.models.videocrafter import VideoCrafter
 from priorguide.train.adapters import Lora
 from priorguide.train.checkpoint import Checkpoint
 from priorguide.train.fine_tune import FineTune
@@ -105,10 +107,17 @@ def test_channels_last_changes_the_layout_alone(tmp_path):
     fit(tmp_path / "halves", 2, channels_last=True)
     resumed = fit(tmp_path / "halves", 4, ckpt_path=tmp_path / "halves" / "last.ckpt", channels_last=True)
     assert same(weights(resumed), weights(last))
-    with pytest.raises(ValueError, match="DiTNetwork has no 2-D convolutions to gain from channels_last"):
-        network = DiT.tiny()
-        network.network.x_embedder.proj = nn.Linear(1, 1)
-        FineTune(network, channels_last=True)
+
+
+def test_channels_last_is_refused_where_no_convolution_gains():
+    model, words = DiT.tiny(), "DiTNetwork has no 2-D convolutions to gain from channels_last"
+    with pytest.raises(ValueError, match=f"{words} but for the embedding of patches: leave it off"):
+        FineTune(model, channels_last=True)
+    model.network.x_embedder.proj = nn.Linear(1, 1)
+    with pytest.raises(ValueError, match=f"{words}: leave it off"):
+        FineTune(model, channels_last=True)
+    for unet in (InstructPix2Pix.tiny(), VideoCrafter.tiny()):
+        FineTune(unet, channels_last=True)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

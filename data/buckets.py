@@ -65,9 +65,20 @@ def nearest(pictures: Tensor, sizes: Sequence[Sides]) -> Tensor:
     return (torch.maximum(across, down) / torch.minimum(across, down)).argmin(1)
 
 
-def describe(groups: Tensor, sizes: Sequence[Sides], unread: int) -> str:
-    """One line: how many pictures each size has."""
+APART = 1.05
+"""Two pictures of a pair whose aspect ratios are further apart than by this factor do not show the same once cut."""
+
+
+def describe(groups: Tensor, sizes: Sequence[Sides], pictures: Tensor, others: Tensor) -> str:
+    """One line: how many pictures each size has.
+
+    pictures: their own sides (N, 2), 0 where unknown. others: those of what is cut like them, as of a pair's originals.
+    """
     counts = groups.bincount(minlength=len(sizes)).tolist()
     parts = [f"{n} at {height}x{width}" for n, (height, width) in zip(counts, sizes, strict=True) if n]
+    unread = int((pictures == 0).any(1).sum())
     told = f"; {unread} of unknown size, as their headers cannot be read, count as squares" if unread else ""
+    across, down = (pictures * others.flip(1)).double().unbind(1)  # 0 where either is unknown
+    if apart := int((torch.maximum(across, down) > APART * torch.minimum(across, down)).sum()):
+        told += f"; in {apart} pairs the aspect ratios of the two are over {APART - 1:.0%} apart: they are cut unalike"
     return f"buckets: of {len(groups)} training pictures {', '.join(parts)} (height x width){told}"

@@ -38,10 +38,12 @@ class EditPairs(PictureData):
         that is no JSON object counts as one unreadable picture, and is skipped whole.
     cache: where encoded training samples are kept, see `Cache`; null encodes at every step.
     buckets: cuts training pairs to sizes of their edited picture's aspect ratio, both pictures alike, see `Buckets`;
-        validation pairs stay R x R.
+        validation pairs stay R x R. It is said of how many pairs the two pictures' aspect ratios differ.
 
     ValueError, on first use, for a bad source, columns that cannot be told, more bad lines than max_bad_images.
     """
+
+    other = "image"
 
     def __init__(
         self,

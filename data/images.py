@@ -97,7 +97,9 @@ def fit(pixels: Tensor, resolution: Size, pad: bool, place: Place | None = None)
     if pad and all(0 <= m <= 4 and m % 2 == 0 for m in missing):
         return F.pad(pixels, (missing[1] // 2,) * 2 + (missing[0] // 2,) * 2)
     if max(height, width) > LONGEST * min(height, width):
-        raise ValueError(f"the longer side may be {LONGEST} times the shorter at most, got {height} x {width}")
+        raise ValueError(
+            f"the longer side may be {LONGEST} times the shorter at most, got {height} x {width} (height x width)"
+        )
     scale = max(tall / height, wide / width)
     size = [max(tall, round(height * scale)), max(wide, round(width * scale))]
     pixels = F.interpolate(pixels.contiguous(), size, mode="bicubic", antialias=True)

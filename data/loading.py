@@ -38,6 +38,7 @@ class PictureData(LightningDataModule, ABC):
     """
 
     center_crop, random_flip = True, False
+    other: str | None = None  # the batch key of each row's other picture, if any, which is cut as the first one is
 
     def __init__(
         self,
@@ -105,8 +106,9 @@ class PictureData(LightningDataModule, ABC):
         if first:
             pictures = self.splits.train
             sides = pictures.sides() if hasattr(pictures, "sides") else torch.ones(len(pictures), 2)
+            others = pictures.sides(self.other) if self.other and hasattr(pictures, "sides") else sides
             groups = nearest(sides, self.sizes)
-            print(describe(groups, self.sizes, int((sides == 0).any(1).sum())), flush=True)
+            print(describe(groups, self.sizes, sides, others), flush=True)
         return groups if self.trainer is None else self.trainer.strategy.broadcast(groups)
 
     def train_dataloader(self) -> Loader:

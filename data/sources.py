@@ -138,16 +138,16 @@ class FileImages(Dataset):
         held: dict[str, Any] = {"rows": self.rows[rows], "check": self.check, "broken": self.broken}
         return FileImages(self.pictures, self.labels, self.texts, *settings, **held)
 
-    def sides(self) -> Tensor:
-        """The upright height and width (N, 2) of each row's picture, of pairs the edited one, by their headers alone;
-        zeros where one cannot be read."""
+    def sides(self, key: str = "pixels") -> Tensor:
+        """The upright height and width (N, 2) of each row's picture, of pairs the one under this batch key, by their
+        headers alone; zeros where one cannot be read."""
         pictures = self.pictures
         if hasattr(pictures, "select_columns"):  # of `datasets`, which would read the other pictures too
-            pictures = pictures.select_columns("pixels")
+            pictures = pictures.select_columns(key)
 
         def read(row: int) -> tuple[int, int]:
             picture = pictures[row]
-            return upright_size(picture if isinstance(picture, File) else picture.get("pixels")) or (0, 0)
+            return upright_size(picture if isinstance(picture, File) else picture.get(key)) or (0, 0)
 
         with ThreadPoolExecutor(THREADS) as threads:
             return torch.tensor(list(threads.map(read, self.rows.tolist()))).reshape(-1, 2)

@@ -12,7 +12,7 @@ from PIL import Image
 from test_edits import write_lines
 from torch.utils.data import BatchSampler, DistributedSampler
 
-from priorguide.data.buckets import Buckets, nearest
+from priorguide.data.buckets import Buckets, describe, nearest
 from priorguide.data.edits import EditPairs
 from priorguide.data.images import decode, upright_size
 from priorguide.data.labelled import LabelledImages
@@ -258,10 +258,24 @@ def test_pictures_are_cut_to_their_own_ratio_and_not_squashed(folder, make, caps
     for other in (data.held_out(2)["pixels"], next(iter(data.val_dataloader()))["pixels"], data.reference(1)):
         assert other.shape[2:] == SQUARE
     said = capsys.readouterr().out
+    unalike = sum(number % 6 > 0 for number in train)  # whose originals are squares
+    words = f"; in {unalike} pairs the aspect ratios of the two are over 5% apart: they are cut unalike\n"
+    assert said.endswith(words if make is edit_pairs else "(height x width)\n")
     assert said.count("buckets: of 22 training pictures") == 1 and " at 32x32, " in said and " at 40x24" in said
     plain = make(folder, buckets=None)
     assert torch.equal(data.held_out(2)["pixels"], plain.held_out(2)["pixels"])
     assert data.fingerprint() == plain.fingerprint()
+
+
+def test_pairs_of_one_ratio_are_not_called_unalike():
+    """Nor those that rounding parts, nor where a size is unknown."""
+    pictures = torch.tensor([(60, 90), (90, 60), (100, 100), (0, 0), (60, 60), (60, 60)])
+    others = torch.tensor([(400, 600), (61, 40), (100, 104), (90, 60), (0, 0), (64, 60)])
+    groups = torch.zeros(6, dtype=torch.long)
+    assert describe(groups, [SQUARE], pictures, others).endswith(
+        "; in 1 pairs the aspect ratios of the two are over 5% apart: they are cut unalike"
+    )
+    assert "pairs" not in describe(groups[:5], [SQUARE], pictures[:5], others[:5])
 
 
 def test_rows_of_datasets_go_to_the_same_sizes(folder, tmp_path, monkeypatch):

@@ -81,6 +81,7 @@ class Clips(PictureData):
         if interpolation and condition_frame != "first":
             raise ValueError("interpolation takes the first and the last frame: leave condition_frame at first")
         self.source, self.fps, self.max_bad_clips = source, fps, max_bad_clips
+        self.resolution, self.random_flip = resolution, random_flip
         self.taking = Taking(
             frames, strides, parse_size(resolution), condition_frame == "random", interpolation, random_flip, seed
         )
@@ -95,6 +96,16 @@ class Clips(PictureData):
             raise ValueError(f"source must be a folder of clips, or 'generated', got {self.source!r}")
         train, *held = [ClipFiles(listing, self.taking, self.max_bad_clips) for listing in listings]
         return train, held[0] if held else None, ()
+
+    def settings(self) -> dict[str, Any]:
+        taking = self.taking
+        return super().settings() | {
+            "frames": taking.frames,
+            "frame_stride": list(taking.strides),
+            "condition_frame": "random" if taking.random_condition else "first",
+            "interpolation": taking.interpolation,
+            "fps": self.fps,
+        }
 
     def training(self) -> tuple[Any, type[Order]]:
         """The training clips, drawn by (seed, epoch)."""

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ class LabelledImages(PictureData):
             buckets,
             resolution,
         )
-        self.train_range, self.random_flip = train_range, random_flip
+        self.train_range, self.random_flip, self.channels = train_range, random_flip, channels
         self._source = partial(
             open_source, source, resolution, channels, num_classes, max_bad_images, image_column, label_column
         )
@@ -84,6 +85,9 @@ class LabelledImages(PictureData):
         if self.train_range is not None:
             train = train.select(_range(self.train_range, len(train)))
         return train, held, names
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {"channels": self.channels}
 
     @property
     def class_names(self) -> tuple[str, ...]:

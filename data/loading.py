@@ -39,6 +39,7 @@ class PictureData(LightningDataModule, ABC):
 
     center_crop, random_flip = True, False
     other: str | None = None  # the batch key of each row's other picture, if any, which is cut as the first one is
+    train_range: str | None = None
 
     def __init__(
         self,
@@ -63,6 +64,7 @@ class PictureData(LightningDataModule, ABC):
         self.max_train_samples, self.max_val_samples = max_train_samples, max_val_samples
         self.val_fraction, self.transform, self.cache = val_fraction, transform, cache
         self.buckets, self.sizes = buckets, buckets.sizes(resolution) if buckets else []
+        self.resolution: Any = resolution
 
     @abstractmethod
     def _open(self) -> tuple[Images, Images | None, tuple[str, ...]]:
@@ -178,6 +180,11 @@ class PictureData(LightningDataModule, ABC):
                 held = value.contiguous().numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode()
                 digest.update(name.encode() + held)
         return {"train": len(self.splits.train), "held_out": len(self.splits.held), "sha256": digest.hexdigest()}
+
+    def settings(self) -> dict[str, Any]:
+        """The options that training samples may follow from, by their keys, as JSON: to say why they are others."""
+        names = ("resolution", "center_crop", "random_flip", "seed", "max_train_samples", "val_fraction", "train_range")
+        return {name: getattr(self, name) for name in names} | {"buckets": self.buckets and str(self.buckets)}
 
     def _workers(self) -> int:
         return self.num_workers if getattr(self.splits.train, "decodes", False) else 0

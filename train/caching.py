@@ -29,13 +29,14 @@ from ..data.cache import (
     write_manifest,
     write_shard,
 )
-from ..data.fingerprint import fingerprint
+from ..data.fingerprint import contents, fingerprint, first_changed, marks
 from ..data.loading import PictureData
 from ..sample.model import DiffusionModel
 from .errors import UsageError
 
-FORMAT = 1
-"""Goes up whenever the same model would encode the same data otherwise."""
+FORMAT = 2
+"""Goes up whenever the same model would encode the same data otherwise, or the manifest tells of it otherwise. Format 1
+holds the same samples, and is read for as long as that is so."""
 
 
 class Encoders:
@@ -84,7 +85,7 @@ def fill(module: L.LightningModule, data: PictureData, encoders: Encoders) -> No
     trainer, folder, encoded = module.trainer, File(data.cache.folder), data.encoded()
     missing: list[int] = []
     if trainer.is_global_zero:
-        _claim(folder, made_from(encoders, data, str(trainer.precision)))
+        _claim(folder, made_from(encoders, data, str(trainer.precision)), data)
         missing = encoded.missing()
     missing = trainer.strategy.broadcast(missing)
     if not missing:
@@ -148,20 +149,32 @@ def _shards(
 def made_from(encoders: Encoders, data: PictureData, precision: str) -> dict[str, Any]:
     """All that the encoded samples follow from, for the manifest."""
     assert data.cache is not None
-    name: Callable[[Any], str] = lambda f: name(f.func) if isinstance(f, functools.partial) else f.__qualname__  # noqa: E731
-    digest, settings = fingerprint(SimpleNamespace(pictures=data.training()[0], transform=name(data.transform)))
+    digest, files = contents(_shown(data))
     return {
         "format": FORMAT,
         "rows": len(data.splits.train),
         "variants": data.cache.variants,
-        "buckets": data.buckets and str(data.buckets),
         "shard_rows": SHARD_ROWS,
         "precision": precision,
         "data": digest,
+        "files": marks(files),
         "encoders": _weights(encoders),
         "model": {"class": type(encoders.model).__name__, **encoders.model.config()},
-        "settings": settings,
+        "settings": data.settings() | {"transform": _shown(data).transform},
     }
+
+
+def _made_before(data: PictureData, made: dict[str, Any]) -> dict[str, Any]:
+    """The same as format 1 has it, which knows files by their times."""
+    digest, settings = fingerprint(_shown(data))
+    same = {name: value for name, value in made.items() if name != "files"}
+    before = {"format": 1, "data": digest, "settings": settings, "buckets": data.buckets and str(data.buckets)}
+    return json.loads(json.dumps(same | before))
+
+
+def _shown(data: PictureData) -> SimpleNamespace:
+    name: Callable[[Any], str] = lambda f: name(f.func) if isinstance(f, functools.partial) else f.__qualname__  # noqa: E731
+    return SimpleNamespace(pictures=data.training()[0], transform=name(data.transform))
 
 
 def _weights(encoders: Encoders) -> str:
@@ -176,25 +189,50 @@ def _weights(encoders: Encoders) -> str:
     return digest.hexdigest()
 
 
-def _claim(folder: File, made: dict[str, Any]) -> None:
+def _claim(folder: File, made: dict[str, Any], data: PictureData) -> None:
     """Makes the folder this cache's, or finds that it is: its manifest names the most variants that were ever asked
     for, of which any may be missing. ValueError says what is otherwise."""
     made = json.loads(json.dumps(made))
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"data.init_args.cache.folder must be a folder, {folder} is a file: choose another")
     held, wanted = read_manifest(folder), made["variants"]
+    there = held and held.get("variants")
     if held is None:
         if folder.exists() and {*folder.iterdir()} - {*asides(folder)}:
             raise ValueError(f"cache.folder must be new, empty or a cache, {folder} holds other files")
-        write_manifest(folder, made)
-    elif isinstance(there := held.get("variants"), int) and not differences(held, made | {"variants": there}):
-        if wanted > there:
+        try:
             write_manifest(folder, made)
-    else:
-        changed = differences(held, made)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ValueError(f"data.init_args.cache.folder must not lie below a file, got {folder}") from error
+    elif reasons := _reasons(held, made, data):
         raise ValueError(
-            f"{folder} was encoded from something else ({'; '.join(changed)}): choose another cache.folder, or delete "
+            f"{folder} was encoded from something else ({'; '.join(reasons)}): choose another cache.folder, or delete "
             "this one to encode anew"
         )
+    elif wanted > there or held["format"] != FORMAT:
+        write_manifest(folder, made | {"variants": max(wanted, there)})
     remove_asides(folder)
+
+
+def _reasons(held: dict[str, Any], made: dict[str, Any], data: PictureData) -> list[str]:
+    """Why the samples of a manifest are not those that would be encoded now, by the config's keys where these tell;
+    other numbers of variants are no reason."""
+    if not isinstance(held.get("variants"), int):
+        return [f"variants {held.get('variants')!r}, which must be a number"]
+    made = made | {"variants": held["variants"]}
+    if held.get("format") == 1:
+        alike = not differences(held, _made_before(data, made))
+        return [] if alike else ["by an earlier version: other data, encoders or settings, or files of other times"]
+    apart, reasons = {"data", "files", "rows", "settings"}, list[str]()
+    if held.get("data") != made["data"]:
+        known = held.get("settings", {}).keys() & made["settings"].keys()
+        reasons = differences(*({name: each["settings"][name] for name in known} for each in (held, made)))
+        reasons = reasons or differences({"rows": held.get("rows")}, {"rows": made["rows"]}) or ["other data"]
+    elif held.get("files") != made["files"]:
+        changed = first_changed(contents(_shown(data))[1], held.get("files", ""), made["files"])
+        reasons = [f"{changed} has changed" if changed else "other data"]
+    plain = ({name: value for name, value in each.items() if name not in apart} for each in (held, made))
+    return reasons + differences(*plain)
 
 
 def cache(args: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from runs import CONFIGS
 
 from priorguide.callbacks.preemption import Preempted
 from priorguide.data import cache as data_cache
+from priorguide.data.buckets import Buckets
 from priorguide.data.cache import Cache
 from priorguide.data.clips import Clips
 from priorguide.data.edits import EditPairs
@@ -27,6 +29,7 @@ from priorguide.sample.models.dit import DiT
 from priorguide.sample.models.dynamicrafter import DynamiCrafter
 from priorguide.sample.models.instruct_pix2pix import InstructPix2Pix
 from priorguide.sample.models.zero123 import Zero123
+from priorguide.train.caching import Encoders, _claim, _made_before, made_from
 from priorguide.train.cli import main
 from priorguide.train.fine_tune import FineTune
 from priorguide.train.objective import Drop
@@ -290,16 +293,57 @@ def test_a_killed_or_torn_cache_is_completed(cached, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"resolution": 8}, "pictures.resolution 16, now 8"),
-        ({"random_flip": True}, "pictures.random_flip None, now True"),
-        ({"max_train_samples": 16}, "rows 20, now 16"),
-        ({"seed": 1}, "other data"),
-        ({"variants": 2, "random_flip": True}, "pictures.random_flip None, now True"),
+        ({"resolution": 8}, "resolution 16, now 8"),
+        ({"random_flip": True}, "random_flip False, now True"),
+        ({"center_crop": False}, "center_crop True, now False"),
+        ({"max_train_samples": 16}, "max_train_samples 20, now 16"),
+        ({"seed": 1}, "seed 0, now 1"),
+        ({"variants": 2, "random_flip": True}, "random_flip False, now True"),
+        ({"random_flip": True, "resolution": 8}, "random_flip False, now True; resolution 16, now 8"),
     ],
 )
-def test_a_cache_of_other_data_is_refused(cached, tmp_path, change, words):
-    with pytest.raises(ValueError, match=words):
+def test_a_cache_of_other_data_is_refused_with_the_keys_alone(cached, tmp_path, change, words):
+    with pytest.raises(ValueError, match=rf"encoded from something else \({words}\): choose"):
         encode(InstructPix2Pix.tiny(), edits(cached, **change), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "change", "words"),
+    [
+        ("edits", {"random_flip": True}, {"random_flip": False}, "random_flip True, now False"),
+        ("views", {}, {"seed": 1}, "seed 0, now 1"),
+        ("views", {"max_train_samples": None}, {"resolution": 8}, "resolution 16, now 8"),
+        ("clips", {}, {"frame_stride": [1, 2]}, r"frame_stride \[1, 1\], now \[1, 2\]"),
+        (
+            "clips",
+            {},
+            {"random_flip": True, "resolution": "16x8"},
+            "random_flip False, now True; resolution 16, now 16x8",
+        ),
+        ("labels", {}, {"channels": 3}, "channels 1, now 3"),
+        ("labels", {}, {"transform": "rotate"}, "transform .*, now .*"),
+        ("labels", {}, {"train_range": "0:50"}, "train_range None, now 0:50"),
+        ("labels", {}, {"resolution": 16, "seed": 3}, "resolution 8, now 16; seed 0, now 3"),
+    ],
+)
+def test_the_keys_of_every_kind_of_data(kind, before, change, words, tmp_path):
+    make, options = {
+        "edits": (EditPairs, {"source": "fashion", "resolution": 16}),
+        "views": (ObjectViews, {"resolution": 16}),
+        "clips": (Clips, {"resolution": 16, "frames": 4}),
+        "labels": (LabelledImages, {"resolution": 8}),
+    }[kind]
+
+    def claim(variants: int, **changed):
+        data = make(**{**SMALL, **options, **before, **changed}, cache=Cache(str(tmp_path / "cache"), variants))
+        encoders = Encoders(DiT.create(input_size=8, num_classes=10, channels=1, width=16, depth=1, num_heads=2))
+        _claim(tmp_path / "cache", made_from(encoders, data, "32-true"), data)
+
+    claim(2)
+    claim(1)
+    claim(3, num_workers=2, train_batch_size=2)
+    with pytest.raises(ValueError, match=rf"encoded from something else \({words}\): choose"):
+        claim(1, **change)
 
 
 def test_a_cache_of_another_encoder_or_file_is_refused(cached, tmp_path):
@@ -309,17 +353,67 @@ def test_a_cache_of_another_encoder_or_file_is_refused(cached, tmp_path):
         ValueError, match=r"encoded from something else \(other encoders\): choose another cache.folder"
     ):
         encode(model, edits(cached), tmp_path)
-    folder = pairs(tmp_path / "pairs")
-    options = {"source": str(folder), **SMALL, "max_train_samples": None}
-    encode(InstructPix2Pix.tiny(), edits(tmp_path / "files", **options), tmp_path)
-    os.utime(folder / "input3.png", (0, 0))
-    with pytest.raises(ValueError, match="other data"):
-        encode(InstructPix2Pix.tiny(), edits(tmp_path / "files", **options), tmp_path)
+
+
+def test_contents_decide_not_the_times_or_places_of_files(tmp_path, capsys):
+    folder, copy, cache = pairs(tmp_path / "pairs"), tmp_path / "copy", tmp_path / "files"
+
+    def again(source: Path, **options) -> None:
+        encode(
+            InstructPix2Pix.tiny(),
+            edits(cache, **{"source": str(source), "max_train_samples": None, **options}),
+            tmp_path,
+        )
+
+    again(folder)
+    capsys.readouterr()
+    shutil.copytree(folder, copy, copy_function=shutil.copyfile)
+    for path in (folder, copy):
+        os.utime(path / "input3.png", (0, 0))
+        again(path)
+    assert "encoding" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"\(random_flip False, now True\)"):
+        again(copy, random_flip=True)
+    with pytest.raises(ValueError, match=r"\(buckets None, now of max_ratio 4 and step 8\)"):
+        again(copy, buckets=Buckets(4, 8))
+    content, at = (copy / "edited5.png").read_bytes(), (copy / "edited5.png").stat().st_mtime_ns
+    (copy / "edited5.png").write_bytes(content[:-20] + bytes([content[-20] ^ 1]) + content[-19:])
+    os.utime(copy / "edited5.png", ns=(at, at))
+    with pytest.raises(ValueError, match=r"\(\S*copy/edited5.png has changed\)"):
+        again(copy)
+    (copy / "edited5.png").write_bytes(content)
+    again(copy)
+    text = (copy / "metadata.jsonl").read_text()
+    (copy / "metadata.jsonl").write_text(text.replace('"edit 3"', '"edit 4"'))
+    with pytest.raises(ValueError, match=r"\(other data\)"):
+        again(copy)
+    (copy / "metadata.jsonl").write_text(text + "\n" + text.splitlines()[0])
+    with pytest.raises(ValueError, match=r"\(rows 11, now 12\)"):
+        again(copy)
+
+
+def test_a_cache_of_the_format_before_is_still_one(cached, tmp_path):
+    """Format 1 knew files by their times, and data by the objects that they lie in."""
+    data, manifest = edits(cached), cached / "cache.json"
+    made = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(_made_before(data, made)))
+    with pytest.raises(ValueError, match="by an earlier version: other data, encoders or settings"):
+        encode(InstructPix2Pix.tiny(), edits(cached, random_flip=True), tmp_path)
+    encode(InstructPix2Pix.tiny(), data, tmp_path)
+    assert json.loads(manifest.read_text()) == made
 
 
 def test_variants_of_data_that_draw_nothing_are_refused(tmp_path):
     with pytest.raises(ValueError, match="set cache.variants to 1, not 2"):
         encode(InstructPix2Pix.tiny(), edits(tmp_path / "cache", 2), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["photo.png", "photo.png/cache"])
+def test_a_folder_that_is_a_file_is_refused(tmp_path, name):
+    (tmp_path / "photo.png").write_text("mine")
+    with pytest.raises(ValueError, match=r"data.init_args.cache.folder must .*photo.png"):
+        encode(InstructPix2Pix.tiny(), edits(tmp_path / name), tmp_path / "run")
+    assert (tmp_path / "photo.png").read_text() == "mine"
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

@@ -163,11 +163,14 @@ class Guidance:
         """ValueError unless this guidance fits the model's ladder."""
         if not isinstance(self.scales, tuple | list):
             raise ValueError(f"scales must be a list of numbers, one per rung, got {self.scales!r}")
-        if len(self.scales) != len(model.ladder):
+        if (rungs := len(model.ladder)) != len(self.scales):
+            such = [1.5, *[7.5] * (rungs - 1)]
+            typed = ":".join(map(str, such))
             raise ValueError(
-                f"{type(model).__name__} has a ladder of {len(model.ladder)} rung(s) "
+                f"{type(model).__name__} has a ladder of {rungs} rung(s) "
                 f"({', '.join('+'.join(sorted(keep)) for keep in model.ladder)}) and takes as many scales, "
                 f"got {len(self.scales)}: {self.scales}"
+                + (f"; such as {such}, on the command line {typed}" if rungs else "")
             )
         if self.prior is not None and not isinstance(self.prior, Prior):
             kind = type(self.prior).__name__

@@ -40,13 +40,14 @@ _PLAIN = (
     (r"Expected a <class 'float'>\. Got value: (.*)", r"must be a number, got \1"),
     (r"Expected a <class 'bool'>\. Got value: (.*)", r"must be true or false, got \1"),
     (r"Expected a <class 'str'>\. Got value: (.*)", r"must be a text, got \1"),
+    (r"unrecognized arguments: --([\w.]+).*", r"its class_path takes no \1: leave it out"),
     (r".* Subtypes: \[list\[.*Given value: (.*)", r"must be a list of mappings, got \1"),
 )
 """What jsonargparse says of a value of another type, and the same in the words of a config."""
 
 
 def _plain(text: str, name: str) -> str:
-    """What is wrong with the value of the key `name`; as it is where that is no type."""
+    """What is wrong with the value of the key `name`; as it is where nothing plainer is known."""
     text = re.sub(r"^(- )?Expected a path but .*? either not accessible or invalid - ", "", text)
     if found := re.search(r"Subtypes: \[<class '([\w.]+)\.(\w+)'>.*Given value: (.*)", text):
         kind = getattr(sys.modules.get(found[1]), found[2], None)

@@ -101,6 +101,16 @@ def test_guidance_that_does_not_fit_is_refused(guidance, sentence):
         guidance.check(pixel_model())
 
 
+def test_scales_of_another_number_show_what_is_typed():
+    for model, scales, such, typed in (
+        (pixel_model(), (1.0, 2.0), "[1.5]", "1.5"),
+        (TwoRungs(), (1.5,), "[1.5, 7.5]", "1.5:7.5"),
+    ):
+        with pytest.raises(ValueError, match="takes as many scales") as caught:
+            Guidance(scales).check(model)
+        assert str(caught.value).endswith(f"got {len(scales)}: {scales}; such as {such}, on the command line {typed}")
+
+
 def test_a_guider_takes_one_rung():
     with pytest.raises(ValueError, match="'apg' takes a ladder of one rung, this one has 2"):
         Guidance((3.0, 2.0), guider="apg").check(TwoRungs())

@@ -170,6 +170,7 @@ LIST, KEYS = "must be a list, as [{0}] is, got {0}", "takes keys of its own"
         ("data.init_args.buckets", "8", f"'buckets': {KEYS} (buckets.max_ratio, buckets.step), got 8"),
         ("data.init_args.buckets", "[8]", f"'buckets': {KEYS}, each with a value, got [8]"),
         ("data.init_args.buckets.step", "x", "config key 'step': must be a whole number, got x"),
+        ("data.init_args.colour.step", "8", "config key 'data': its class_path takes no colour.step: leave it out"),
         ("data.init_args.source", "[1]", "config key 'source': must be a text, got [1]"),
     ],
 )
@@ -342,8 +343,12 @@ def test_scales_that_do_not_fit(refused, run, tmp_path):
         assert "scales must look like 1,1.5,3" in refused("compare", run, "--out", out, "--scales", scales, status=2)
     assert "--seeds goes with --condition" in refused("compare", run, "--out", out, "--seeds", "0:2", status=2)
     assert "--conditions must be at least 1" in refused("compare", run, "--out", out, "--conditions", "0", status=2)
-    assert "takes as many scales, got 2" in refused("compare", run, "--out", out, "--scales", "1.5:7.5")
-    assert "takes as many scales, got 2" in refused("export", run, "--out", out, "--prior", "self", "--scale", "1:2")
+    for words in (
+        ("compare", run, "--out", out, "--scales", "1.5:7.5"),
+        ("export", run, "--out", out, "--prior", "self", "--scale", "1:2"),
+    ):
+        said = refused(*words)
+        assert "takes as many scales, got 2" in said and "; such as [1.5], on the command line 1.5" in said
     assert not out.exists()
 
 

@@ -119,9 +119,9 @@ class PriorComparison(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.priors = without_copies(self.priors, pl_module.model, tell_others=True)  # type: ignore[arg-type]
         self.check(pl_module.model)  # type: ignore[arg-type]
-        check_enough(trainer.datamodule, self.num_conditions, self._reference())  # type: ignore[attr-defined]
+        check_enough(trainer.datamodule, self.num_conditions, self.reference_needed())  # type: ignore[attr-defined]
 
-    def _reference(self) -> int:
+    def reference_needed(self) -> int:
         return 0 if self.metric_network is None else self.num_reference
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -225,7 +225,7 @@ class PriorComparison(L.Callback):
         encoded: Encoded | None = None,
     ) -> Drawn:
         """The pictures of every arm on n held-out conditions, or as `encoded`; if `full`, with energies and costs."""
-        check_enough(data, n, self._reference())
+        check_enough(data, n, self.reference_needed())
         device = pl_module.device
         with ExitStack() as stack:
             stack.enter_context(isolate_rng())

@@ -27,7 +27,7 @@ def judged(comparison: Any, drawn: Drawn, data: Any, device: torch.device, rule:
         evaluation = judge(
             drawn.pictures,
             network=comparison.metric_network,  # type: ignore[arg-type]
-            reference=data.reference(comparison.num_reference, offset=n) if comparison._reference() else None,
+            reference=data.reference(comparison.num_reference, offset=n) if comparison.reference_needed() else None,
             target=batch.get("pixels") if comparison.has_target else None,
             label=batch.get("class", batch.get("label")),
             text=as_texts(batch.get("text")),

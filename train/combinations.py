@@ -2,7 +2,11 @@
 
 from typing import Any
 
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+
 from ..sample.model import DiffusionModel
+from ..sample.published import factor
 
 
 def check_data(model: DiffusionModel, data: Any) -> None:
@@ -11,6 +15,8 @@ def check_data(model: DiffusionModel, data: Any) -> None:
     classes, rows = getattr(data, "num_classes", 0), getattr(model, "num_classes", 0)
     if rows and classes > rows and "label" in model.ladder[-1]:
         raise ValueError(f"the data has {classes} classes, the model takes labels in [0, {rows})")
+    if getattr(data, "cache", None) is None:  # which is of one size, and says so better
+        check_size(model, data)
     buckets, kind = getattr(data, "buckets", None), type(model).__name__
     if buckets is None:
         return
@@ -19,6 +25,25 @@ def check_data(model: DiffusionModel, data: Any) -> None:
     if buckets.step % model.side_step:
         raise ValueError(
             f"data.init_args.buckets.step must be a multiple of {model.side_step} for this {kind}, got {buckets.step}"
+        )
+
+
+def check_size(model: DiffusionModel, data: Any) -> None:
+    """ValueError where held-out pictures are not as large as the model's own, which they are compared with."""
+    pixels = data.held_out(1).get("pixels") if hasattr(data, "held_out") else None
+    if pixels is None:
+        return
+    found = [*pixels.shape[-2:]]
+    if (vae := getattr(model, "vae", None)) is not None:
+        each = factor(vae)
+    else:
+        with isolate_rng(), torch.no_grad():
+            each = found[0] / model.posterior(pixels).shape[-2]
+    wanted = [round(side * each) for side in model.shape[-2:]]
+    if wanted != found:
+        raise ValueError(
+            f"the data's pictures must be {wanted[0]} x {wanted[1]} (height x width) for this {type(model).__name__}, "
+            f"got {found[0]} x {found[1]}: make data.init_args.resolution that of the model"
         )
 
 

@@ -179,7 +179,9 @@ def fit(args: list[str]) -> FitCLI:
     try:
         return build(args, run=True)
     except UsageError as error:
-        raise UsageError(f"{error} (`priorguide fit --options` lists every key)") from error
+        raise UsageError(
+            f"{error} (`priorguide fit --options` lists all keys but those under init_args, which the configs show)"
+        ) from error
     except torch.OutOfMemoryError as error:
         raise MemoryError(f"out of memory: {LESS_MEMORY} ({str(error).split('. ')[0]})") from error
     except RuntimeError as error:

@@ -6,7 +6,8 @@
 DiT-XL/2 and InstructPix2Pix of Stable Diffusion 1.5's size, both at 256 px and at random weights, on encoded samples as
 a cache gives them, through `FineTune` under Lightning: drop-out, noise, loss, AdamW, the average. Operations are those
 of the matrix products, convolutions and attention of one forward pass, counted by torch, three times (backward is twice
-the forward); what gradient checkpointing does again is not counted. The peak is the chip's for dense bf16, from its
+the forward), below an adapter twice, since frozen weights take no gradient; what gradient checkpointing does again is
+not counted. The peak is the chip's for dense bf16, from its
 data sheet or --peak in TFLOP/s; beside it, what a product of two 8,192-square matrices reaches here. The first step's
 seconds hold what compiles. --profile FILE: which kernels the device's time of the last row went to.
 """
@@ -122,11 +123,11 @@ def batch_of(model: DiffusionModel, size: int) -> dict[str, Any]:
 
 
 def operations(model: DiffusionModel, device: torch.device) -> int:
-    """Of one picture's training step."""
+    """Of one picture's forward pass."""
     x_0, condition = model.encode(move_data_to_device(batch_of(model, 1), device))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.denoise(x_0, torch.tensor([500.0], device=device), condition)
-    return 3 * counter.get_total_flops()
+    return counter.get_total_flops()
 
 
 def measured_peak(device: torch.device) -> float:
@@ -149,7 +150,7 @@ def one(
     """Images per second, operations per second, seconds of the first step, and the peak of allocated bytes."""
     torch.manual_seed(0)
     model = MODELS[name](tiny, device)
-    count = operations(model, device)
+    count = operations(model, device) * (2 if "lora" in way else 3)
     options = {"ema_decay": 0.9999, "vb_weight": float(name == "dit")}
     module = FineTune(model, DROPS[name], **options, **WAYS[way])
     watch = Watch(steps // 3, device)

@@ -142,7 +142,7 @@ def test_wrong_arguments(arguments, capsys):
 )
 def test_a_config_that_is_wrong(refused, config, tmp_path, change, expected):
     said = refused("fit", "--config", config(change), status=2)
-    assert expected in said and "`priorguide fit --options` lists every key" in said
+    assert expected in said and "`priorguide fit --options` lists all keys but those under init_args" in said
     assert not (tmp_path / "run").exists()
 
 

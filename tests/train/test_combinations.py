@@ -10,8 +10,9 @@ from interrupted import fit, held, make_pictures
 from oracle import pixel_model
 from pairs import log, run
 
+from priorguide.sample.models.instruct_pix2pix import InstructPix2Pix
 from priorguide.train.adapters import Lora
-from priorguide.train.combinations import check_combination
+from priorguide.train.combinations import check_combination, check_size
 from priorguide.train.fine_tune import FineTune
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "many-gpus.md"
@@ -44,6 +45,25 @@ def test_a_run_is_refused_before_its_first_step(tmp_path):
     with pytest.raises(ValueError, match="trainer.precision bf16-true keeps the weights in 16 bits"):
         trainer(tmp_path, 1, precision="bf16-true").fit(tune, Pictures())
     assert tune.global_step == 0
+
+
+@pytest.mark.parametrize("model", [pixel_model(), InstructPix2Pix.tiny()], ids=["pixels", "latents"])
+def test_pictures_of_another_size_than_the_models_are_refused(tmp_path, model):
+    data = Pictures()
+    check_size(model, Images(16))
+    with pytest.raises(ValueError, match=r"must be 16 x 16 .*, got 12 x 20: make data.init_args.resolution that of"):
+        check_size(model, Images(12, 20))
+    data.held_part["pixels"] = data.held_part["pixels"][..., ::2, ::2]
+    with pytest.raises(ValueError, match="got 8 x 8"):
+        trainer(tmp_path, 1).fit(tuning(), data)
+
+
+class Images:
+    def __init__(self, height, width=None):
+        self.sides = height, width or height
+
+    def held_out(self, n):
+        return {"pixels": torch.zeros(n, 1, *self.sides)}
 
 
 def test_a_compiled_network_is_refused():

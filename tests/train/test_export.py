@@ -267,6 +267,16 @@ def test_a_record_without_numbers_that_json_does_not_know():
     json.dumps(told, allow_nan=False)
 
 
+def test_a_comparison_without_distances_needs_no_other_pictures(tmp_path):
+    run, names = tmp_path / "run", ("instruct_pix2pix", "instruct_pix2pix_offline")
+    few = ["--trainer.max_steps", "2", "--checkpoint.every_n_train_steps", "2", "--threads", "1"]
+    few += ["--data.init_args.max_val_samples", "8", "--trainer.default_root_dir", str(run)]
+    assert main(["fit", *(word for name in names for word in config(name)), *few]) == 0
+    assert main(["compare", str(run)]) == 0
+    record = json.loads((run / "comparison" / "record.json").read_text())
+    assert record["conditions"] == 8 and record["reference"] == 0 and record["data"].keys() == {"held_out_sha256"}
+
+
 SYSTEMS = sorted(path.stem.removesuffix("_offline") for path in CONFIGS.glob("*_offline.yaml"))
 
 

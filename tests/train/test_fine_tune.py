@@ -126,7 +126,8 @@ def fresh_dit():
 def test_overfitting_one_batch_parts_condition_and_null(tmp_path, make, side, steps, rate):
     seed()
     data, model = Pictures(train=6, batch_size=6), make()
-    data.train_part["pixels"] = data.train_part["pixels"][..., :: 16 // side, :: 16 // side]
+    for part in (data.train_part, data.held_part):
+        part["pixels"] = part["pixels"][..., :: 16 // side, :: 16 // side]
     parts = tuple(sorted(model.ladder[-1]))
     tune = FineTune(model, drop=[Drop(parts, 1 / 3)], learning_rate=rate, ema_decay=0.95)
     x_0, condition = model.encode(data.train_part)

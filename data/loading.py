@@ -198,7 +198,7 @@ class PictureData(LightningDataModule, ABC):
                 f"train_batch_size must be at most the training pictures of a device ({sampler.num_samples}), "
                 f"got {self.train_batch_size}"
             )
-        return Loader(
+        loader = Loader(
             Batches(images, transform or self.transform),
             batch_size=None,  # whole batches are asked for
             sampler=sampler,
@@ -208,6 +208,8 @@ class PictureData(LightningDataModule, ABC):
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.seed),  # else each epoch draws from the global generator
         )
+        loader.follows = {"buckets": self.buckets and str(self.buckets)}
+        return loader
 
 
 def _leave_sigterm(_: int) -> None:

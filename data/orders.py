@@ -1,6 +1,6 @@
 """In which batches pictures are shown, which follows from (seed, epoch), and a loader that resumes in mid-epoch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -86,6 +86,7 @@ class Loader(DataLoader):
     and in which an exception from a worker stays the one sentence that it was."""
 
     given = 0  # batches of this epoch handed out
+    follows: Mapping[str, Any] = {}  # what else its batches follow from, by the config's keys
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self.given = self.sampler.start  # type: ignore[attr-defined]
@@ -95,8 +96,20 @@ class Loader(DataLoader):
             self.given += 1
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        return {"batches": self.given % len(self)}
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches": self.given % len(self), "follows": self._follows()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The first process says where the batches are not those that would have come."""
         self.sampler.start = state["batches"]  # type: ignore[attr-defined]
+        was, now = state.get("follows", {}), self._follows()
+        others = [f"{name} {was[name]}, now {now[name]}" for name in now if name in was and was[name] != now[name]]
+        if others and self.sampler.rank == 0:  # type: ignore[attr-defined]
+            print(
+                f"warning: the checkpoint was made with {'; '.join(others)}: batches are others from here on",
+                flush=True,
+            )
+
+    def _follows(self) -> dict[str, Any]:
+        order: Any = self.sampler
+        return {"train_batch_size": order.size, "processes": order.num_replicas, "seed": order.seed, **self.follows}

@@ -64,7 +64,8 @@ class TimeEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(time_features(t).to(next(self.mlp.parameters()).dtype))
+        dtype = next(p.dtype for p in self.mlp.parameters() if p.is_floating_point())  # weights in few bits are bytes
+        return self.mlp(time_features(t).to(dtype))
 
 
 class LabelEmbedder(nn.Module):

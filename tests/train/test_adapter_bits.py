@@ -11,6 +11,7 @@ from priorguide.sample.bits import bytes_of, in_few_bits, reduce_bits, restore_b
 from priorguide.sample.candidates import Candidate
 from priorguide.sample.guidance import Guidance
 from priorguide.sample.loop import Sampler, trajectories
+from priorguide.sample.models.dit import DiT
 from priorguide.sample.models.instruct_pix2pix import InstructPix2Pix
 from priorguide.sample.models.pixel import PixelUNet
 from priorguide.sample.models.stable_diffusion import StableDiffusion
@@ -38,6 +39,17 @@ def predict(model, device="cpu"):
     x, image = (torch.randn(2, *model.shape, generator=generator).to(device) for _ in range(2))
     condition = {"image": image, "text": model.null_text.expand(2, -1, -1)}
     return model.denoise(x, torch.tensor([100.0, 700.0], device=device), condition)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bits", BITS)
+def test_the_times_of_a_dit_in_fewer_bits(bits, device):
+    torch.manual_seed(0)
+    embedder = DiT.tiny().network.t_embedder.to(device)
+    t = torch.tensor([10.0, 300.0, 900.0], device=device)
+    wanted = embedder(t)
+    reduce_bits(embedder, bits)
+    assert 0 < (embedder(t) - wanted).norm() / wanted.norm() < ERROR[bits]
 
 
 @pytest.mark.parametrize("device", DEVICES)

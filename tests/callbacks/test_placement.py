@@ -7,9 +7,12 @@ from oracle import pixel_model
 
 from priorguide.callbacks import placement
 from priorguide.callbacks.comparison import PriorComparison
-from priorguide.callbacks.placement import Placement
+from priorguide.callbacks.placement import Placement, without_copies
+from priorguide.sample.candidates import Candidate
 from priorguide.sample.guidance import unconditional
 from priorguide.sample.loop import Sampler
+from priorguide.sample.models.pixel import PixelUNet
+from priorguide.train.adapters import Lora, add_adapter
 
 pytestmark = pytest.mark.usefixtures("reproducible")
 CUDA = torch.device("cuda", 0)
@@ -87,3 +90,21 @@ def test_the_memory_at_hand_chooses(monkeypatch, capsys, spare, free, way, words
 def test_a_place_that_there_is_not():
     with pytest.raises(ValueError, match="prior_placement must be one of auto, device, cpu, .*, got 'gpu'"):
         PriorComparison({"self": None}, [2.0], prior_placement="gpu")
+
+
+def test_beside_an_adapter_each_network_of_its_own_is_said(capsys):
+    base, other = (pixel_model(seed, num_classes=0, image_channels=0) for seed in (3, 4))
+    model = PixelUNet.from_base(base, num_classes=3, image_channels=1)
+    given = {"self": None, "same": base, "sees": Candidate(base, keep=("label",)), "other": other, "named": "base"}
+    priors = PriorComparison(given, [2.0]).priors
+    assert without_copies(priors, model, tell_others=True) == priors and not capsys.readouterr().out
+    add_adapter(model.network, Lora(rank=2), model.added)
+    found = without_copies(priors, model, tell_others=True)
+    said = capsys.readouterr().out.splitlines()
+    assert [name for name in found if found[name].prior != priors[name].prior] == ["same"]
+    assert [line.split(" MB: ")[-1] for line in said[1:]] == [
+        "it sees label (keep)",
+        "its weights are not those of the adapter's base",
+    ]
+    assert all(line.startswith(f"prior {name} is ") for line, name in zip(said, ("same", "sees", "other"), strict=True))
+    assert found == without_copies(priors, model) and len(capsys.readouterr().out.splitlines()) == 1

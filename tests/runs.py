@@ -7,6 +7,13 @@ import numpy as np
 import yaml
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+SYSTEMS = sorted(path.stem.removesuffix("_offline") for path in CONFIGS.glob("*_offline.yaml"))
+"""Of published models, whose configs also run offline on tiny ones."""
+
+
+def configs(*names: str) -> list[str]:
+    """The arguments that lay these configs of the project over one another."""
+    return [word for name in names for word in ("--config", str(CONFIGS / f"{name}.yaml"))]
 
 
 def write_idx(folder: Path, train: int = 40, test: int = 40) -> Path:

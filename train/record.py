@@ -85,7 +85,7 @@ def full_comparison(
         callback.sizes |= json.loads(sizes.read_text())
     files = list(checkpoints) or [last_checkpoint(run)]
     steps: list[int | None] = []
-    check_enough(data, count, callback.num_reference if callback.metric_network else 0)
+    check_enough(data, count, callback.reference_needed())
     held = Encoded(data.held_out(count))  # for all checkpoints, whose encoders are frozen
     drawn: Drawn | None = None
     healths: dict[str, Any] = {}
@@ -154,7 +154,7 @@ def full_comparison(
         "config": {"comparison": config_of(cli), **provenance(cli, state)},
         "commit": commit(),
         "data": {
-            "held_out_sha256": fingerprint(data.held_out(count)),
+            "held_out_sha256": fingerprint(held.batch),
             **({"reference_sha256": fingerprint(data.reference(real, offset=count))} if real else {}),
         },
         "seconds_comparing": time.perf_counter() - start,

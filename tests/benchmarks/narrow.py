@@ -3,13 +3,14 @@
 import json
 import os
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning as L
+import run
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
@@ -64,16 +65,8 @@ def trainer(steps: int, folder: str, **options: Any) -> L.Trainer:
     )  # fmt: skip
 
 
-def in_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median processor seconds."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds + 1):
-        for name, call in calls.items():
-            start = time.process_time()
-            call()
-            if number:
-                seconds[name].append(time.process_time() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+in_turns = partial(run.in_turns, clock=time.process_time)
+"""By processor time."""
 
 
 def apart(case: Callable[[], Callable[[], object]]) -> int:

@@ -53,15 +53,17 @@ def guided(kind: str, batch: int, steps: int = SAMPLER.steps) -> Callable[[], ob
     return lambda: sample(model, condition, seeds, scheduler=scheduler, scales=scales, prior=prior, steps=steps)
 
 
-def in_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call, taken in turns after one uncounted round."""
+def in_turns(
+    calls: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
+    """Median seconds of each call by the clock, taken in turns after one uncounted round."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 1):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = clock()
             call()
             if number:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

@@ -12,7 +12,7 @@ from fits import same, seed, trainer, weights
 from interrupted import fit, held, make_pictures
 from pairs import run as run_pair
 from PIL import Image
-from runs import CONFIGS
+from runs import CONFIGS, configs
 from test_resume import Crash
 from torch import nn
 
@@ -136,8 +136,7 @@ def test_two_processes_go_on_where_they_were(kind, tmp_path):
 
 
 def command(pairs: Path, root: Path, *more: str) -> list[str]:
-    names = ("instruct_pix2pix", "instruct_pix2pix_offline")
-    arguments = [part for name in names for part in ("--config", str(CONFIGS / f"{name}.yaml"))]
+    arguments = configs("instruct_pix2pix", "instruct_pix2pix_offline")
     arguments += ["--trainer.default_root_dir", str(root), "--data.init_args.source", str(pairs), "--threads", "1"]
     arguments += ["--data.init_args.train_batch_size", "4", "--data.init_args.val_fraction", "0.4"]
     arguments += ["--trainer.max_steps", "4", "--data.init_args.buckets.step", "4", *more]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from jsonargparse import Namespace
-from runs import CONFIGS
+from runs import SYSTEMS, configs
 from safetensors.torch import load_file
 
 from priorguide.callbacks.records import LOGGED, read_logged, write_logged
@@ -33,16 +33,12 @@ from priorguide.train.record import comparison_of, full_comparison
 def adapted_run(tmp_path_factory) -> Path:
     """The folder of two steps with an adapter."""
     run = tmp_path_factory.mktemp("adapted") / "run"
-    configs = [word for name in ("instruct_pix2pix", "instruct_pix2pix_offline", "lora") for word in config(name)]
+    laid = configs("instruct_pix2pix", "instruct_pix2pix_offline", "lora")
     options = ["--trainer.max_steps", "2", "--checkpoint.every_n_train_steps", "2", "--threads", "1"]
     base = "{class_path: priorguide.sample.models.stable_diffusion.StableDiffusion.tiny}"
     options += ["--trainer.callbacks.init_args.priors", f"{{self: null, base: base, sd15: {base}}}"]
-    assert main(["fit", *configs, *options, "--trainer.default_root_dir", str(run)]) == 0
+    assert main(["fit", *laid, *options, "--trainer.default_root_dir", str(run)]) == 0
     return run
-
-
-def config(name):
-    return "--config", str(CONFIGS / f"{name}.yaml")
 
 
 def test_nothing_takes_its_place_before_it_is_verified(run, tmp_path, monkeypatch, capsys):
@@ -271,13 +267,10 @@ def test_a_comparison_without_distances_needs_no_other_pictures(tmp_path):
     run, names = tmp_path / "run", ("instruct_pix2pix", "instruct_pix2pix_offline")
     few = ["--trainer.max_steps", "2", "--checkpoint.every_n_train_steps", "2", "--threads", "1"]
     few += ["--data.init_args.max_val_samples", "8", "--trainer.default_root_dir", str(run)]
-    assert main(["fit", *(word for name in names for word in config(name)), *few]) == 0
+    assert main(["fit", *configs(*names), *few]) == 0
     assert main(["compare", str(run)]) == 0
     record = json.loads((run / "comparison" / "record.json").read_text())
     assert record["conditions"] == 8 and record["reference"] == 0 and record["data"].keys() == {"held_out_sha256"}
-
-
-SYSTEMS = sorted(path.stem.removesuffix("_offline") for path in CONFIGS.glob("*_offline.yaml"))
 
 
 @pytest.mark.parametrize(("system", "options"), [(name, []) for name in SYSTEMS] + [("versatile", ["channels_last"])])
@@ -286,9 +279,9 @@ def test_pictures_are_recorded_and_replayed_in_one_layout(system, options, tmp_p
     round in their own ways, on a GPU in the first place."""
     monkeypatch.setattr(exporting, "verify_apart", lambda folder: "not verified apart")
     run, seen = tmp_path / "run", {"export": [], "verify": []}
-    configs = [*config(system), *config(f"{system}_offline"), "--threads", "1"]
+    laid = [*configs(system, f"{system}_offline"), "--threads", "1"]
     few = ["--trainer.max_steps", "2", "--checkpoint.every_n_train_steps", "2"]
-    assert main(["fit", *configs, *few, "--trainer.default_root_dir", str(run), *layout(options)]) == 0
+    assert main(["fit", *laid, *few, "--trainer.default_root_dir", str(run), *layout(options)]) == 0
     comparison = comparison_of(cli := load_run(run)[0])
     (prior,) = comparison.priors.keys() - {"self"}
     scales = ":".join("2" for _ in cli.model.model.ladder)

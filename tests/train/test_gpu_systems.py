@@ -6,20 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import CONFIGS
+from runs import SYSTEMS, configs
 from safetensors.torch import load_file
 
 from priorguide.sample.bundle import Bundle
 from priorguide.train.cli import main
 
 pytestmark = pytest.mark.gpu
-SYSTEMS = sorted(path.stem.removesuffix("_offline") for path in CONFIGS.glob("*_offline.yaml"))
 STEPS = 4
 
 
 def fit(run: Path, *names: str, **options: str) -> None:
     """A few steps and one comparison under these configs, on the GPU."""
-    configs = [word for name in names for word in ("--config", str(CONFIGS / f"{name}.yaml"))]
     options = {
         "trainer.accelerator": "gpu",
         "trainer.precision": "bf16-mixed",
@@ -28,7 +26,9 @@ def fit(run: Path, *names: str, **options: str) -> None:
         "checkpoint.every_n_train_steps": str(STEPS),
         "trainer.default_root_dir": str(run),
     } | options
-    assert main(["fit", *configs, *(word for key, value in options.items() for word in (f"--{key}", value))]) == 0
+    assert (
+        main(["fit", *configs(*names), *(word for key, value in options.items() for word in (f"--{key}", value))]) == 0
+    )
     (line,) = (run / "compare" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line)["step"] == STEPS
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from fits import same
-from runs import CONFIGS, small, write_idx
+from runs import CONFIGS, SYSTEMS, configs, small, write_idx
 
 from priorguide.sample.bundle import Bundle
 from priorguide.train.cli import main
@@ -85,9 +85,9 @@ def under(overlay: Path) -> Path:
 def test_every_published_system_goes_the_whole_way_offline(overlay, tmp_path, monkeypatch):
     monkeypatch.setattr("priorguide.train.export.verify_apart", lambda folder: "not verified apart")
     run, content = tmp_path / "run", yaml.safe_load(overlay.read_text())
-    configs = ["--config", str(under(overlay)), "--config", str(overlay)]
+    laid = configs(under(overlay).stem, overlay.stem)
     quiet = ["--trainer.enable_model_summary", "false", "--threads", "1"]
-    assert main(["fit", *configs, "--trainer.default_root_dir", str(run), *quiet]) == 0
+    assert main(["fit", *laid, "--trainer.default_root_dir", str(run), *quiet]) == 0
     full = yaml.safe_load(under(overlay).read_text())
     assert set(priors(content)) <= set(priors(full)) and len(priors(content)) > 1
     assert main(["compare", str(run)]) == 0
@@ -104,13 +104,12 @@ SHARED = {"instruct_pix2pix": "sd15", "zero123": "variations", "dynamicrafter": 
 another than its base's."""
 
 
-@pytest.mark.parametrize("system", [under(overlay).stem for overlay in OVERLAYS])
+@pytest.mark.parametrize("system", SYSTEMS)
 def test_an_adapter_goes_the_whole_way(system, tmp_path, capsys):
-    names, run = (system, f"{system}_offline", "lora"), tmp_path / "run"
-    configs = [word for name in names for word in ("--config", str(CONFIGS / f"{name}.yaml"))]
+    laid, run = configs(system, f"{system}_offline", "lora"), tmp_path / "run"
     options = ["--trainer.max_steps", "4", "--checkpoint.every_n_train_steps", "4", "--threads", "1"]
     options += ["--trainer.callbacks.init_args.every_n_steps", "4"]
-    assert main(["fit", *configs, *options, "--trainer.default_root_dir", str(run)]) == 0
+    assert main(["fit", *laid, *options, "--trainer.default_root_dir", str(run)]) == 0
     said = re.findall(r"prior (\w+) is the adapter's own base", capsys.readouterr().out)
     assert said == ([SHARED[system]] if system in SHARED else [])
     rows = json.loads((run / "compare" / "metrics.jsonl").read_text())["rows"]
